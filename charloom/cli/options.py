@@ -1,0 +1,64 @@
+"""Command-line options made from a dataclass, so that each is told once.
+
+A field's metadata holds its sentence under "help", and under "flag" its name on the command line
+where that differs from the field's.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+
+
+def options_of(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that gives a command one option per field of the dataclass `kind`.
+
+    Only types are read here; limits are checked, all together, when the dataclass is made.
+    """
+    types = get_type_hints(kind)
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for item in reversed(fields(kind)):
+            switches = (
+                f"{flag(item)}/--no-{flag(item)[2:]}" if types[item.name] is bool else flag(item)
+            )
+            command = click.option(
+                switches,
+                item.name,
+                default=item.default,
+                show_default=item.default not in (None, ()),
+                help=item.metadata["help"],
+                **_click_type(types[item.name]),
+            )(command)
+        return command
+
+    return decorate
+
+
+def flag(item: "Field[Any]") -> str:
+    """The option that sets this field: `-n`, `--top-k`."""
+    name: str = item.metadata.get("flag", item.name)
+    return ("-" if len(name) == 1 else "--") + name.replace("_", "-")
+
+
+def given(ctx: click.Context, names: Iterable[str]) -> Mapping[str, Any]:
+    """Those of the parameters that were given on the command line or in the environment."""
+    default = click.core.ParameterSource.DEFAULT
+    return {
+        name: ctx.params[name] for name in names if ctx.get_parameter_source(name) is not default
+    }
+
+
+def _click_type(annotation: Any) -> dict[str, Any]:
+    """The arguments of `click.option` that read a field of this type."""
+    if get_origin(annotation) is UnionType:
+        (annotation,) = (part for part in get_args(annotation) if part is not NoneType)
+    if annotation is bool:
+        return {}
+    if get_origin(annotation) is Literal:
+        return {"type": click.Choice(get_args(annotation))}
+    if get_origin(annotation) is tuple:
+        return {"type": get_args(annotation)[0], "multiple": True, "metavar": "TEXT"}
+    return {"type": annotation}

@@ -1,0 +1,195 @@
+"""How a text is drawn: the only home of the defaults and limits of sampling.
+
+The command line makes its options from these fields, Python takes them as keywords and the service
+will take them from requests, so each is named, explained, limited and given its default once. "Not
+given" is None, never a number with a second meaning: temperature 0, max_tokens 0 and seed 0 are
+what they say.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict, get_args
+
+from charloom.errors import OptionError
+from charloom.tokenizer import UNKNOWN_POLICIES, UnknownPolicy
+
+Precision = Literal["auto", "float32"]
+
+SEED_LIMIT = 2**53
+"""Seeds lie below it, so that a JSON number carries every one of them exactly."""
+
+CHOICE_LIMIT = 2**32
+"""Choices of one prompt lie below it: the index is one word of the random generator's counter."""
+
+STOPS_LIMIT = 64
+STOP_LENGTH_LIMIT = 500
+"""Bounds on the stop matcher's table, which holds every prefix of every stop string."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """The options of one request; raises `OptionError` with every problem found in them."""
+
+    max_tokens: int = field(
+        default=256,
+        metadata={
+            "help": "Draw at most this many tokens (characters, bytes or pieces, as the model was "
+            "trained on)."
+        },
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divide the logits by this: below 1 is safer, above 1 more surprising, 0 takes "
+            "the most likely token each time."
+        },
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "Draw from this many most likely tokens only."}
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw from the fewest most likely tokens that together have this probability."
+        },
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw only tokens at least this many times as likely as the most likely one."
+        },
+    )
+    repetition_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "Make tokens that prompt or text already hold less likely (above 1) or more "
+            "likely (below 1)."
+        },
+    )
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Key of the random draws: the same seed writes the same text; drawn when not "
+            "given."
+        },
+    )
+    stop: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "End the text before this string, or the first of several; the prompt is not "
+            "searched."
+        },
+    )
+    n: int = field(default=1, metadata={"help": "Write this many texts for the prompt."})
+    unknown: UnknownPolicy = field(
+        default="error",
+        metadata={"help": "What to do with prompt characters that the model has no token for."},
+    )
+    precision: Precision = field(
+        default="auto",
+        metadata={
+            "help": "Arithmetic of the network's step; auto takes the fastest that the model "
+            "supports."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        problems = [
+            *_whole("max_tokens", self.max_tokens, least=0),
+            *_number("temperature", self.temperature, least=0.0),
+            *_whole("n", self.n, least=1, most=CHOICE_LIMIT),
+            *_stops(self.stop),
+            *_choice("unknown", self.unknown, UNKNOWN_POLICIES),
+            *_choice("precision", self.precision, get_args(Precision)),
+        ]
+        if self.top_k is not None:
+            problems += _whole("top_k", self.top_k, least=1)
+        if self.top_p is not None:
+            problems += _number("top_p", self.top_p, above=0.0, most=1.0)
+        if self.min_p is not None:
+            problems += _number("min_p", self.min_p, least=0.0, most=1.0)
+        if self.repetition_penalty is not None:
+            problems += _number(
+                "repetition_penalty", self.repetition_penalty, least=0.01, most=100.0
+            )
+        if self.seed is not None:
+            problems += _whole("seed", self.seed, least=0, most=SEED_LIMIT - 1)
+        if problems:
+            raise OptionError(problems)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingParams` as keywords of a call (a test holds the two together)."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: tuple[str, ...]
+    n: int
+    unknown: UnknownPolicy
+    precision: Precision
+
+
+def _whole(name: str, value: object, *, least: int, most: int | None = None) -> list[str]:
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and value >= least
+        and (most is None or value <= most)
+    ):
+        return []
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+    return [f"{name} is {value!r}; give a whole number {limits}."]
+
+
+def _number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> list[str]:
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max  # false for NaN, infinity and integers beyond a float
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+    ):
+        return []
+    limits = [
+        f"{words} {limit:g}"
+        for words, limit in (("of at least", least), ("above", above), ("at most", most))
+        if limit is not None
+    ]
+    return [f"{name} is {value!r}; give a finite number {' and '.join(limits)}."]
+
+
+def _stops(value: object) -> list[str]:
+    if not isinstance(value, tuple) or not all(isinstance(stop, str) for stop in value):
+        return [f"stop is {value!r}; give a tuple of texts, such as ('\\n',)."]
+    problems = []
+    if len(value) > STOPS_LIMIT:
+        problems.append(f"stop holds {len(value)} texts; give at most {STOPS_LIMIT}.")
+    if "" in value:
+        problems.append(
+            "stop holds an empty text, which would end every text at once; leave it out."
+        )
+    longest = max(map(len, value), default=0)
+    if longest > STOP_LENGTH_LIMIT:
+        problems.append(
+            f"stop holds a text of {longest} characters; give at most {STOP_LENGTH_LIMIT}."
+        )
+    return problems
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> list[str]:
+    if value in choices:
+        return []
+    return [f"{name} is {value!r}; choose one of {', '.join(choices)}."]

@@ -1,0 +1,155 @@
+"""Losses of held-out text against closed forms and a slow second implementation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from charloom.architecture import Architecture
+from charloom.tokenizer import CharacterTokenizer
+from training.corpus import Split
+from training.evaluation import WINDOW, Protocol, evaluate
+from training.network import Network
+
+TOKENIZER = CharacterTokenizer("abcdefgh")
+
+
+def network(seed: int = 3) -> Network:
+    architecture = Architecture(
+        cell="lstm",
+        vocabulary=TOKENIZER.vocabulary_size,
+        embedding=4,
+        hidden=5,
+        layers=2,
+    )
+    return Network(architecture, seed=seed)
+
+
+def text(count: int, seed: int = 0) -> Split:
+    tokens = np.random.default_rng(seed).integers(2, 10, size=count).astype(np.uint8)
+    return Split(tokens=tokens, boundaries=None, characters=count, bytes=count)
+
+
+def documents(lengths: list[int]) -> Split:
+    rng = np.random.default_rng(1)
+    parts = [np.zeros(1, np.uint8)]
+    for length in lengths:
+        parts += [rng.integers(2, 10, size=length).astype(np.uint8), np.zeros(1, np.uint8)]
+    tokens = np.concatenate(parts)
+    return Split(
+        tokens=tokens,
+        boundaries=np.flatnonzero(tokens == 0),
+        characters=sum(lengths),
+        bytes=sum(lengths),
+    )
+
+
+@torch.inference_mode()
+def slow_nats(model: Network, tokens: np.ndarray) -> float:
+    """Read one text token by token from the zero state and add up the cost of each next one."""
+    state, nats = model.initial_state(1), 0.0
+    for token, target in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True):
+        logits, state = model(torch.tensor([[token]]), state)
+        nats -= float(torch.log_softmax(logits[0, 0], dim=0)[target])
+    return nats
+
+
+def test_stateful_reads_the_text_once() -> None:
+    """The state is carried from the first token to the last, which a slow loop confirms."""
+    model, split = network(), text(2500)
+
+    loss = evaluate(model, split, TOKENIZER, protocol="stateful")
+
+    assert loss.nats == pytest.approx(slow_nats(model, split.tokens), rel=1e-5)
+    assert loss.tokens == loss.characters == 2499
+
+
+def test_windows_start_afresh_every_256_tokens() -> None:
+    """Each window reads from the zero state, and its first prediction rests on one token."""
+    model, split = network(), text(3 * WINDOW + 50)
+    expected = sum(
+        slow_nats(model, split.tokens[start : start + WINDOW + 1])
+        for start in range(0, len(split.tokens) - 1, WINDOW)
+    )
+
+    loss = evaluate(model, split, TOKENIZER, protocol="windows")
+
+    assert loss.nats == pytest.approx(expected, rel=1e-5)
+    assert loss.tokens == 3 * WINDOW + 49
+
+
+@pytest.mark.parametrize("protocol", ["windows", "stateful"])
+def test_documents_are_scored_one_by_one_to_their_end(protocol: Protocol) -> None:
+    """Each starts from the zero state and the end token, and its own end is scored too."""
+    model, split = network(), documents([5, 100, 1, 37, 37])
+    assert split.boundaries is not None
+    expected = sum(
+        slow_nats(model, split.tokens[start : end + 1])
+        for start, end in zip(split.boundaries[:-1], split.boundaries[1:], strict=True)
+    )
+
+    loss = evaluate(model, split, TOKENIZER, protocol=protocol)
+
+    assert loss.nats == pytest.approx(expected, rel=1e-5)
+    assert loss.tokens == 180 + 5
+    assert loss.characters == 180
+
+
+def test_a_network_that_knows_nothing_costs_the_logarithm_of_the_vocabulary() -> None:
+    """With all weights zero every token costs ln V nats."""
+    model = network()
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+
+    loss = evaluate(model, text(1000), TOKENIZER, protocol="windows")
+
+    assert loss.nats_per_token == pytest.approx(math.log(10), rel=1e-6)
+    assert loss.bits_per_character == pytest.approx(math.log2(10), rel=1e-6)
+
+
+def test_an_unknown_character_costs_the_choice_among_all_others() -> None:
+    """Besides p(unknown) it costs ln(1,114,112 - 8) where eight characters are known."""
+    model, split = network(), text(300)
+    plain = evaluate(model, split, TOKENIZER, protocol="stateful")
+    tokens = split.tokens.copy()
+    tokens[-1] = TOKENIZER.unknown
+    other = Split(tokens=tokens, boundaries=None, characters=300, bytes=300)
+
+    loss = evaluate(model, other, TOKENIZER, protocol="stateful")
+
+    assert (plain.unknown, loss.unknown) == (0, 1)
+    assert loss.nats == pytest.approx(slow_nats(model, tokens) + math.log(0x110000 - 8), rel=1e-5)
+
+
+def test_bits_per_byte_counts_utf8_bytes() -> None:
+    """Two bytes a character halve the bits per byte."""
+    tokenizer = CharacterTokenizer("абвгдежз")
+    loss = evaluate(network(), text(500), tokenizer, protocol="windows")
+
+    assert loss.bytes == 2 * loss.characters
+    assert loss.bits_per_byte == pytest.approx(loss.bits_per_character / 2)
+
+
+@pytest.mark.parametrize("protocol", ["windows", "stateful"])
+def test_a_limit_reads_less(protocol: Protocol) -> None:
+    """About as many tokens are read as the limit says, and a large one changes nothing."""
+    model, split = network(), text(20_000)
+    whole = evaluate(model, split, TOKENIZER, protocol=protocol)
+
+    part = evaluate(model, split, TOKENIZER, protocol=protocol, limit=4000)
+
+    assert 4000 <= part.tokens <= 4000 + WINDOW
+    assert evaluate(model, split, TOKENIZER, protocol=protocol, limit=10**9) == whole
+    assert part.nats_per_token == pytest.approx(whole.nats_per_token, rel=0.05)
+
+
+def test_evaluation_leaves_training_alone() -> None:
+    """Weights and gradients are what they were."""
+    model = network()
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+
+    evaluate(model, text(600), TOKENIZER, protocol="windows")
+
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

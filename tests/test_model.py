@@ -1,0 +1,415 @@
+import itertools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import charloom
+from charloom.architecture import Architecture
+from charloom.cell import Floats, State
+from charloom.checkpoint import Checkpoint, ModelWriter
+from charloom.decoding.sampling import uniforms
+from charloom.errors import ModelError, ModelMissingError, OptionError, UnknownTextError
+from charloom.model import Model, Stream
+from charloom.params import CHOICE_LIMIT, SEED_LIMIT, SamplingParams
+from charloom.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
+
+LETTERS = CharacterTokenizer("abcdefgh ")
+
+
+def make_checkpoint(
+    tokenizer: Tokenizer = LETTERS,
+    *,
+    documents: str = "none",
+    token_counts: Mapping[str, int] | None = None,
+    tensors: Mapping[str, Floats] | None = None,
+) -> Checkpoint:
+    """A tiny random LSTM, wide enough in its weights that its texts vary."""
+    architecture = Architecture(
+        cell="lstm", vocabulary=tokenizer.vocabulary_size, embedding=12, hidden=16, layers=2
+    )
+    rng = np.random.default_rng(0)
+    counts = np.ones(tokenizer.vocabulary_size, np.int64)
+    if token_counts is not None:
+        counts[:] = 0
+        for character, count in token_counts.items():
+            counts[tokenizer.encode(character)] = count
+    return Checkpoint(
+        path=Path("memory"),
+        architecture=architecture,
+        tokenizer=tokenizer,
+        tensors={
+            name: rng.uniform(-1, 1, shape).astype(np.float32)
+            for name, shape in architecture.tensor_shapes().items()
+        }
+        if tensors is None
+        else tensors,
+        token_counts=counts,
+        documents=documents,
+        summary={},
+        fingerprint="0" * 64,
+    )
+
+
+class ScriptedDecoder:
+    """Says what it is told: after n tokens read it is certain of `script[n - 1]`.
+
+    Its state counts the tokens read; `read` lists them.
+    """
+
+    def __init__(self, vocabulary_size: int, script: list[int]) -> None:
+        self.vocabulary_size = vocabulary_size
+        self.script = script
+        self.read: list[int] = []
+
+    def initial_state(self, rows: int) -> State:
+        """Nothing read yet."""
+        return np.zeros((1, 1, rows, 1), np.float32)
+
+    def step(self, tokens: NDArray[np.int32], state: State) -> tuple[NDArray[np.float32], State]:
+        """The next word of the script."""
+        self.read += tokens.tolist()
+        logits = np.full((1, self.vocabulary_size), -100, np.float32)
+        logits[0, self.script[int(state[0, 0, 0, 0])]] = 100
+        return logits, state + 1
+
+
+def scripted(
+    text_after_prompt: str, *, prompt: str = "", documents: str = "none", end: bool = False
+) -> tuple[Model, ScriptedDecoder]:
+    """A model that goes on from `prompt` with a given text, and perhaps the end token."""
+    tokens = LETTERS.encode(text_after_prompt).tolist() + [LETTERS.end] * end
+    silent = len(prompt) - (documents == "none")
+    decoder = ScriptedDecoder(LETTERS.vocabulary_size, [0] * silent + tokens)
+    return Model(make_checkpoint(documents=documents), decoder), decoder
+
+
+MODEL = Model(make_checkpoint())
+
+
+def test_pieces_are_the_text() -> None:
+    """The pieces of a stream together are the text that generate gives."""
+    options = SamplingParams(max_tokens=60, seed=5, stop=("ab", "h h"))
+    pieces = list(MODEL.stream("abc", options))
+    assert len(pieces) > 1
+    assert "".join(pieces) == MODEL.generate("abc", options).text
+
+
+def test_a_half_read_stream_still_gives_the_whole_result() -> None:
+    """result() holds the pieces taken before it was asked for."""
+    stream = MODEL.stream("a", max_tokens=20, seed=1)
+    first = next(stream)
+    assert stream.finish_reason is None
+    result = stream.result()
+    assert result.text.startswith(first)
+    assert result == MODEL.generate("a", max_tokens=20, seed=1)
+    assert list(stream) == []
+
+
+def test_generation_equals_a_plain_loop() -> None:
+    """The text is the plain loop's: softmax, cumulative sum, and uniform p at position p."""
+    prompt = LETTERS.encode("hello".replace("l", "b").replace("o", "a")).tolist()
+    decoder = MODEL._decoder
+    state = decoder.initial_state(1)
+    for token in prompt:
+        logits, state = decoder.step(np.array([token], np.int32), state)
+    allowed = LETTERS.drawable(documents=False)
+    expected: list[int] = []
+    for position in range(len(prompt), len(prompt) + 50):
+        scores = np.where(allowed, logits[0].astype(np.float64) / 0.7, -np.inf)
+        shares = np.exp(scores - scores.max())
+        (uniform,) = uniforms(99, 0, np.array([position]))
+        expected.append(int(np.searchsorted(shares.cumsum() / shares.sum(), uniform, "right")))
+        logits, state = decoder.step(np.array(expected[-1:], np.int32), state)
+    result = MODEL.generate("hebba", max_tokens=50, temperature=0.7, seed=99)
+    assert result.text == LETTERS.decode(expected)
+    assert (result.prompt_tokens, result.generated_tokens) == (5, 50)
+
+
+def test_temperature_zero_needs_no_seed() -> None:
+    """The most likely text is the same under every seed."""
+    texts = {MODEL.generate("a", temperature=0, max_tokens=40, seed=seed).text for seed in range(5)}
+    assert len(texts) == 1
+
+
+def test_the_seed_decides_the_text() -> None:
+    """The same seed writes the same text, other seeds other ones; seed 0 is a seed."""
+    texts = [
+        MODEL.generate("a", seed=seed, max_tokens=40).text for seed in (0, 0, 1, SEED_LIMIT - 1)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+
+
+def test_a_seed_that_was_drawn_is_told() -> None:
+    """Without a seed two texts differ, and each can be written again from the seed it names."""
+    first, second = MODEL.generate("a", max_tokens=40), MODEL.generate("a", max_tokens=40)
+    assert first.seed != second.seed
+    assert 0 <= first.seed < SEED_LIMIT
+    assert MODEL.generate("a", max_tokens=40, seed=first.seed) == first
+
+
+def test_choices_do_not_depend_on_their_number() -> None:
+    """Choice k is the same text whether one, three or k + 1 are asked for, or it alone."""
+    three = [stream.result() for stream in MODEL.choices("ab", n=3, seed=4, max_tokens=30)]
+    assert [result.choice for result in three] == [0, 1, 2]
+    assert len({result.text for result in three}) == 3
+    assert [MODEL.generate("ab", seed=4, max_tokens=30, choice=k) for k in range(3)] == three
+    assert [stream.result() for stream in MODEL.choices("ab", seed=4, max_tokens=30)] == three[:1]
+
+
+def test_choices_may_be_taken_in_turns() -> None:
+    """Streams of one prompt do not disturb each other."""
+    streams = list(MODEL.choices("ab", n=3, seed=4, max_tokens=30))
+    texts = [""] * 3
+    for pieces in itertools.zip_longest(*streams, fillvalue=""):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == [MODEL.generate("ab", seed=4, max_tokens=30, choice=k).text for k in range(3)]
+
+
+def test_choices_without_a_seed_share_one() -> None:
+    """One seed is drawn for a request, not for each choice."""
+    assert len({stream.seed for stream in MODEL.choices("a", n=4, max_tokens=1)}) == 1
+
+
+def test_the_prompt_is_read_once_for_all_choices() -> None:
+    """Each token of the prompt is stepped once, and each choice steps its own text."""
+    model, decoder = scripted("abc", prompt="hg")
+    for stream in model.choices("hg", n=3, max_tokens=3):
+        assert stream.result().text == "abc"
+    assert decoder.read == LETTERS.encode("hg" + "ab" * 3).tolist()
+
+
+def test_a_text_can_be_continued() -> None:
+    """A prompt that holds the beginning of a text goes on as that text did, at any cut."""
+    whole = MODEL.generate("ab", seed=8, max_tokens=40).text
+    for cut in (1, 7, 39):
+        rest = MODEL.generate("ab" + whole[:cut], seed=8, max_tokens=40 - cut).text
+        assert whole[:cut] + rest == whole
+
+
+def test_an_empty_prompt_can_be_continued() -> None:
+    """So can a text that started from nothing, whose first token had nothing to read."""
+    for documents in ("none", "lines"):
+        model = Model(make_checkpoint(documents=documents))
+        whole = model.generate(seed=13, max_tokens=20).text
+        assert len(whole) > 1
+        assert model.generate(whole[:1], seed=13, max_tokens=19).text == whole[1:]
+
+
+def test_each_token_is_stepped_once_and_the_last_not_at_all() -> None:
+    """The cost of a character does not grow with the text, and nothing is computed for later."""
+    model, decoder = scripted("abcd", prompt="he")
+    assert model.generate("he", max_tokens=4).text == "abcd"
+    assert decoder.read == LETTERS.encode("heabc").tolist()
+
+
+def test_a_model_of_documents_reads_its_end_token_first() -> None:
+    """The prompt stands at the start of a document, as it did in training."""
+    model, decoder = scripted("ab", prompt="he", documents="lines")
+    assert model.generate("he", max_tokens=2).text == "ab"
+    assert decoder.read == [LETTERS.end, *LETTERS.encode("hea").tolist()]
+
+
+def test_a_model_of_documents_starts_an_empty_prompt_from_its_end_token() -> None:
+    """Nothing given means a whole new document."""
+    model, decoder = scripted("abc", documents="files")
+    assert model.generate(max_tokens=3).text == "abc"
+    assert decoder.read == [LETTERS.end, *LETTERS.encode("ab").tolist()]
+
+
+def test_the_end_token_ends_a_document() -> None:
+    """Drawing it finishes with "stop"; it is no part of the text."""
+    model, _ = scripted("ab", prompt="he", documents="records", end=True)
+    result = model.generate("he", max_tokens=50)
+    assert (result.text, result.finish_reason, result.generated_tokens) == ("ab", "stop", 3)
+
+
+def test_a_model_of_plain_text_never_ends_by_itself() -> None:
+    """Where the network is certain of the end token, another one is drawn."""
+    model, _ = scripted("", prompt="he", end=True)
+    result = model.generate("he", max_tokens=1)
+    assert len(result.text) == 1
+    assert result.finish_reason == "length"
+
+
+def test_an_empty_prompt_draws_from_the_token_counts() -> None:
+    """The first character comes as often as in the training text; what it lacks never comes."""
+    model = Model(make_checkpoint(token_counts={"a": 700, "c": 300}))
+    count = 2000
+    first = [stream.result().text for stream in model.choices(n=count, max_tokens=1, seed=0)]
+    assert set(first) == {"a", "c"}
+    spread = (count * 0.7 * 0.3) ** 0.5
+    assert abs(first.count("a") - 0.7 * count) < 4 * spread
+
+
+def test_a_model_of_nothing_says_so() -> None:
+    """Token counts of zero leave an empty prompt nothing to draw, which is a sentence."""
+    model = Model(make_checkpoint(token_counts={}))
+    with pytest.raises(ModelError, match="no token to draw"):
+        model.generate()
+    assert model.generate("a", max_tokens=2).generated_tokens == 2
+
+
+def test_damaged_weights_are_a_sentence() -> None:
+    """A network that gives NaN ends with an error, not with a text."""
+    checkpoint = make_checkpoint()
+    damaged = {name: np.full_like(tensor, np.nan) for name, tensor in checkpoint.tensors.items()}
+    with pytest.raises(ModelError, match="is nan; its weights are damaged"):
+        Model(make_checkpoint(tensors=damaged)).generate("a")
+
+
+def test_no_tokens_asked_for_gives_an_empty_text() -> None:
+    """max_tokens 0 is not "not given": nothing is written, because of the length."""
+    result = MODEL.generate("a", max_tokens=0)
+    assert (result.text, result.finish_reason, result.generated_tokens) == ("", "length", 0)
+
+
+def test_a_stop_string_ends_the_text() -> None:
+    """The text ends before it, and the prompt is not searched."""
+    model, _ = scripted("abcdefgh", prompt="cd")
+    result = model.generate("cd", stop=("ef", "cd"), max_tokens=8)
+    assert (result.text, result.finish_reason) == ("ab", "stop")
+
+
+def test_a_stop_string_is_never_shown_in_part() -> None:
+    """No prefix of what the pieces say goes beyond the text before the stop."""
+    model, _ = scripted("abcdefgh", prompt="h")
+    assert list(model.stream("h", stop=("cde",), max_tokens=8)) == ["a", "b"]
+
+
+def test_a_prompt_with_an_unknown_character_is_an_error() -> None:
+    """The sentence names the character, and nothing is written."""
+    with pytest.raises(UnknownTextError, match=r"'é'.*U\+00E9"):
+        MODEL.generate("abé")
+
+
+def test_unknown_characters_can_be_replaced_or_skipped() -> None:
+    """With "replace" the network reads the unknown token, with "skip" nothing."""
+    for policy, read in (("replace", [LETTERS.unknown]), ("skip", [])):
+        model, decoder = scripted("a", prompt="a" if policy == "skip" else "aé")
+        options: dict[str, Any] = {"unknown": policy, "max_tokens": 1}
+        assert model.generate("aé", **options).text == "a"
+        assert decoder.read == [*LETTERS.encode("a").tolist(), *read]
+
+
+def test_the_penalty_counts_prompt_and_text() -> None:
+    """With logits 3 for a and 2 for b, penalty 2 makes the most likely text alternate."""
+
+    class ConstantDecoder(ScriptedDecoder):
+        def step(
+            self, tokens: NDArray[np.int32], state: State
+        ) -> tuple[NDArray[np.float32], State]:
+            logits, state = super().step(tokens, state)
+            logits[0, LETTERS.encode("ab")] = 3, 2
+            return logits, state
+
+    model = Model(make_checkpoint(), ConstantDecoder(LETTERS.vocabulary_size, [0] * 9))
+    options = SamplingParams(temperature=0, repetition_penalty=2, max_tokens=3)
+    assert model.generate("c", options).text == "aba"  # 3; 1.5 < 2; then both are halved
+    assert model.generate("a", options).text == "baa"
+    assert model.generate("a", options, repetition_penalty=None).text == "aaa"
+
+
+def test_several_choices_are_not_squeezed_into_one_text() -> None:
+    """Both calls that write one text say where to ask for several instead of ignoring n."""
+    for call in (MODEL.generate, MODEL.stream):
+        with pytest.raises(OptionError, match=r"n is 2, .*Model\.choices"):
+            call("a", n=2)
+
+
+@pytest.mark.parametrize("choice", [-1, CHOICE_LIMIT, 1.0, True])
+def test_a_choice_out_of_range_is_named(choice: Any) -> None:
+    """The index of a choice is a whole number that the generator's counter can hold."""
+    with pytest.raises(OptionError, match="choice is"):
+        MODEL.generate("a", choice=choice)
+
+
+def test_options_out_of_range_come_before_any_work() -> None:
+    """They are told when a stream is asked for, not when it is read."""
+    model, decoder = scripted("abc", prompt="a")
+    with pytest.raises(OptionError, match="temperature is -1"):
+        model.choices("a", temperature=-1)
+    assert decoder.read == []
+
+
+def test_a_misspelt_option_is_refused() -> None:
+    """An unknown keyword is an error, never ignored."""
+    options: dict[str, Any] = {"temprature": 1.0}
+    with pytest.raises(TypeError, match="temprature"):
+        MODEL.generate("a", **options)
+
+
+def test_keywords_go_over_params() -> None:
+    """A keyword replaces that field of the parameters given and no other."""
+    params = SamplingParams(seed=3, max_tokens=10)
+    assert MODEL.generate("a", params, max_tokens=5) == MODEL.generate("a", seed=3, max_tokens=5)
+
+
+def test_the_answer_says_which_precision() -> None:
+    """Whatever was asked, the result names the arithmetic used."""
+    for precision in ("auto", "float32"):
+        options: dict[str, Any] = {"precision": precision}
+        assert MODEL.generate("a", max_tokens=1, **options).precision == "float32"
+
+
+@pytest.mark.parametrize("prompt", ["春眠不覺曉", "مرحبا", "👩‍👩‍👧‍👦", "a\r\nb\tc\0", "e\u0301"])
+@pytest.mark.parametrize("kind", ["characters", "bytes"])
+def test_every_script_survives(prompt: str, kind: str) -> None:
+    """Prompts of any script are read, and what is written is whole characters."""
+    tokenizer = ByteTokenizer() if kind == "bytes" else CharacterTokenizer(sorted(set(prompt)))
+    result = Model(make_checkpoint(tokenizer)).generate(prompt, max_tokens=80, seed=0)
+    assert result.text
+    assert "\ufffd" not in result.text
+    assert result.text.encode().decode() == result.text
+    if kind == "characters":
+        assert set(result.text) <= set(prompt)
+
+
+def test_threads_may_share_a_model() -> None:
+    """Texts written at the same time are those written one after another."""
+    seeds = range(8)
+
+    def write(seed: int) -> str:
+        return MODEL.generate("ab", seed=seed, max_tokens=60).text
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(write, seeds)) == [write(seed) for seed in seeds]
+
+
+def test_a_saved_model_writes_what_it_wrote_in_memory(tmp_path: Path) -> None:
+    """Loading a folder, given as text or path, gives the same texts."""
+    checkpoint = make_checkpoint(documents="lines")
+    with ModelWriter(tmp_path / "tiny", mode="new") as writer:
+        writer.commit(
+            architecture=checkpoint.architecture,
+            tokenizer=checkpoint.tokenizer,
+            tensors=checkpoint.tensors,
+            token_counts=checkpoint.token_counts,
+            documents=checkpoint.documents,
+            summary={},
+            trainer=None,
+        )
+    expected = Model(checkpoint).generate("ab", seed=1, max_tokens=50)
+    for path in (tmp_path / "tiny", str(tmp_path / "tiny")):
+        model = charloom.load(path)
+        assert model.generate("ab", seed=1, max_tokens=50) == expected
+        assert len(model.fingerprint) == 64
+
+
+def test_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
+    """Loading what is not there names the path."""
+    with pytest.raises(ModelMissingError, match="nowhere"):
+        charloom.load(tmp_path / "nowhere")
+
+
+def test_stream_is_an_iterator_of_text() -> None:
+    """A stream can be looped over directly, as documented."""
+    stream = MODEL.stream("a", max_tokens=3)
+    assert isinstance(stream, Stream)
+    assert all(isinstance(piece, str) for piece in stream)
+    assert stream.finish_reason == "length"

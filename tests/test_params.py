@@ -1,0 +1,116 @@
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
+
+import pytest
+
+from charloom.errors import OptionError
+from charloom.params import (
+    SEED_LIMIT,
+    STOP_LENGTH_LIMIT,
+    STOPS_LIMIT,
+    SamplingOptions,
+    SamplingParams,
+)
+
+
+def test_every_field_has_a_default_and_one_sentence_of_help() -> None:
+    """Command line and service take help and default from here, so no field lacks either."""
+    for option in fields(SamplingParams):
+        assert option.default is not MISSING
+        assert option.metadata["help"].endswith(".")
+
+
+def test_keyword_options_are_the_fields() -> None:
+    """The keywords of `Model.generate` are the fields, of the same names, order and types."""
+    assert list(get_type_hints(SamplingOptions).items()) == list(
+        get_type_hints(SamplingParams).items()
+    )
+
+
+def test_zero_is_a_value() -> None:
+    """Zero is what it says wherever it is allowed, and never stands for "not given"."""
+    params = SamplingParams(temperature=0, max_tokens=0, seed=0, min_p=0.0)
+    assert (params.temperature, params.max_tokens, params.seed, params.min_p) == (0, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1.7e308},
+        {"top_k": 1},
+        {"top_k": 10**30},
+        {"top_p": 5e-324},
+        {"top_p": 1},
+        {"min_p": 0},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100},
+        {"seed": SEED_LIMIT - 1},
+        {"stop": ("x" * STOP_LENGTH_LIMIT,) * STOPS_LIMIT},
+        {"n": 2**32},
+    ],
+)
+def test_limits_are_allowed(options: dict[str, Any]) -> None:
+    """A value that stands on a limit is inside."""
+    SamplingParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", -1),
+        ("max_tokens", 1.0),
+        ("max_tokens", True),
+        ("max_tokens", None),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", 10**400),
+        ("temperature", "1"),
+        ("temperature", True),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.0000001),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 101),
+        ("seed", -1),
+        ("seed", SEED_LIMIT),
+        ("stop", "text"),
+        ("stop", ["text"]),
+        ("stop", ("a", 1)),
+        ("stop", ("a", "")),
+        ("stop", ("a",) * (STOPS_LIMIT + 1)),
+        ("stop", ("a" * (STOP_LENGTH_LIMIT + 1),)),
+        ("n", 0),
+        ("n", 2**32 + 1),
+        ("unknown", "ignore"),
+        ("precision", "int4"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_remedy(name: str, value: object) -> None:
+    """The sentence begins with the field and says what to give instead."""
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(**options)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{name} ")
+    assert "give" in problem or "choose" in problem or "leave" in problem
+
+
+def test_a_sentence_in_full() -> None:
+    """Field, value and remedy stand in the sentence."""
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(top_p=1.5)
+    assert str(caught.value) == "top_p is 1.5; give a finite number above 0 and at most 1."
+
+
+def test_all_problems_are_told_at_once() -> None:
+    """Every field out of range has its sentence, in one error."""
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(max_tokens=-1, temperature=-1, top_k=0, top_p=2, seed=-3, n=0)
+    named = [problem.split(" ")[0] for problem in caught.value.problems]
+    assert sorted(named) == ["max_tokens", "n", "seed", "temperature", "top_k", "top_p"]

@@ -1,0 +1,1 @@
+"""Fits models: corpus, batches, network, checkpoint. The only home of torch."""

@@ -1,0 +1,274 @@
+"""`charloom train` and `charloom evaluate`.
+
+The product of training is a folder: its path is all that goes to standard output. The plan, the
+progress and every remark go to standard error.
+"""
+
+import json
+import signal
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from charloom import checkpoint as checkpoints
+from charloom.checkpoint import ModelWriter, check_name, find_model
+from charloom.cli.context import Context
+from charloom.cli.options import given, options_of
+from charloom.errors import ModelNameError, OptionError
+from training.config import TrainingOptions
+from training.corpus import CorpusOptions, encode_text, prepare_corpus
+from training.evaluation import PROTOCOLS
+from training.evaluation import evaluate as measure
+from training.network import Network
+from training.plan import choose_device, make_plan
+from training.report import end_text, leave_companions, loss_table, plan_text
+from training.resume import saved_run
+from training.runlog import Console
+from training.trainer import Outcome, Trainer
+
+Made = TypeVar("Made")
+
+_TRAINING = tuple(item.name for item in fields(TrainingOptions))
+_CORPUS = tuple(item.name for item in fields(CorpusOptions))
+
+
+@click.command()
+@click.argument("corpus", nargs=-1)
+@click.option("--name", help="Name of the model: its folder in the models folder.")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Take options from a TOML file (names as here, with _ for -); the command line wins.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the model of this name.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, exactly.")
+@options_of(CorpusOptions)
+@options_of(TrainingOptions)
+@click.pass_context
+def train(
+    ctx: click.Context,
+    /,
+    *,
+    corpus: tuple[str, ...],
+    name: str | None,
+    config_file: Path | None,
+    overwrite: bool,
+    resume: bool,
+    **_: Any,
+) -> None:
+    """Train a model on CORPUS: files, folders, globs, addresses, - or a built-in corpus.
+
+    Built in: python-docs (the language reference) and python-stdlib (Python's own source).
+    """
+    began = time.monotonic() - time.process_time()  # imports belong to the command's time too
+    console = Console(sys.stderr)
+    choices = _choices(ctx, config_file)
+    problems = _name_problems(name)
+    if overwrite and resume:
+        problems.append("--overwrite and --resume are both given; keep one of them.")
+    if not corpus and not resume:
+        problems.append(
+            "No corpus is given; name a file, folder, address, - for standard input, python-docs "
+            "or python-stdlib."
+        )
+    training_options = _attempt(problems, TrainingOptions, **_only(_TRAINING, choices))
+    corpus_options = _attempt(problems, CorpusOptions, **_only(_CORPUS, choices))
+    if problems or name is None or training_options is None or corpus_options is None:
+        raise OptionError(problems)
+    context: Context = ctx.obj
+    folder = context.models / name
+
+    def elapsed() -> float:
+        return time.monotonic() - began
+
+    with (
+        ModelWriter(
+            folder, mode="resume" if resume else "overwrite" if overwrite else "new"
+        ) as writer,
+        _stop_request() as stop,
+    ):
+        if resume:
+            run = saved_run(folder, choices, corpus, report=console.note)
+            trainer = Trainer(
+                run.plan, run.corpus, writer, console=console, elapsed=elapsed, interrupted=stop
+            )
+            trainer.restore(run.checkpoint, run.state)
+        else:
+            encoded = prepare_corpus(corpus, corpus_options, report=console.note)
+            plan = make_plan(training_options, encoded, elapsed=elapsed)
+            console.note(plan_text(plan, encoded))
+            trainer = Trainer(
+                plan, encoded, writer, console=console, elapsed=elapsed, interrupted=stop
+            )
+        outcome = trainer.run()
+        leave_companions(writer, name, trainer)
+    console.note(end_text(outcome, name, trainer.summary(), elapsed()))
+    click.echo(str(folder))
+    if stop.signal is not None and outcome is Outcome.INTERRUPTED:
+        ctx.exit(128 + stop.signal)
+
+
+class StopRequest:
+    """Whether a signal asked the run to stop, and which."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        """True once asked."""
+        return self.signal is not None
+
+
+@contextmanager
+def _stop_request() -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C or SIGTERM into a request; a second one acts as ever."""
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        request.signal = number
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _choices(ctx: click.Context, config_file: Path | None) -> dict[str, Any]:
+    """Options given in the file and on the command line, the latter winning."""
+    chosen: dict[str, Any] = {}
+    if config_file is not None:
+        try:
+            chosen = tomllib.loads(config_file.read_text("utf-8"))
+        except OSError as error:
+            message = f"--config {config_file} cannot be read: {error.strerror}; name a TOML file."
+            raise OptionError([message]) from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            message = f"--config {config_file} is not TOML: {error}; correct it."
+            raise OptionError([message]) from error
+        flags = {"vocab_size": "vocabulary_size"}
+        chosen = {flags.get(key, key): value for key, value in chosen.items()}
+        unknown = sorted(set(chosen) - set(_TRAINING) - set(_CORPUS))
+        if unknown:
+            raise OptionError(
+                [f"--config {config_file} sets {key!r}, which is no option." for key in unknown]
+            )
+    on_line = given(ctx, (*_TRAINING, *_CORPUS))
+    budgets = {"minutes", "epochs", "steps"}
+    if budgets & set(on_line):
+        chosen = {key: value for key, value in chosen.items() if key not in budgets}
+    return chosen | dict(on_line)
+
+
+def _attempt(
+    problems: list[str], make: Callable[..., Made], /, *values: Any, **options: Any
+) -> Made | None:
+    """What `make` makes of the options, or None and its problems added to the list."""
+    try:
+        return make(*values, **options)
+    except OptionError as error:
+        problems += error.problems
+        return None
+
+
+def _only(names: Iterable[str], choices: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: choices[name] for name in names if name in choices}
+
+
+def _name_problems(name: str | None) -> list[str]:
+    if name is None:
+        return ["No name is given; name the model with --name NAME."]
+    try:
+        check_name(name)
+    except ModelNameError as error:
+        return [str(error)]
+    return []
+
+
+@click.command()
+@click.argument("model")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--json", "as_json", is_flag=True, help="Write the figures as one line of JSON.")
+@click.option("--documents", help="Where documents end [default: as the model was trained].")
+@click.option("--field", help="Field of JSONL or column of CSV that holds the text.")
+@click.option(
+    "--encoding", default="utf-8", show_default=True, help="Encoding of the text, or auto."
+)
+@click.option("--threads", type=int, help="Processor threads [default: one per core].")
+@click.option("--device", default="auto", show_default=True, help="Where to compute.")
+@click.pass_obj
+def evaluate(
+    context: Context,
+    /,
+    *,
+    model: str,
+    files: tuple[str, ...],
+    as_json: bool,
+    documents: str | None,
+    field: str | None,
+    encoding: str,
+    threads: int | None,
+    device: str,
+) -> None:
+    """Measure how well MODEL predicts the text of FILE..., by both protocols.
+
+    stateful: read once from the start, hidden state carried. windows: 256 tokens at a time from a
+    fresh start.
+    """
+    problems = []
+    if threads is not None and threads < 1:
+        problems.append(f"--threads is {threads}; give a whole number of at least 1.")
+    where = _attempt(problems, choose_device, device)
+    loaded = checkpoints.load(find_model(model, models=context.models))
+    options = _attempt(
+        problems,
+        CorpusOptions,
+        documents=loaded.documents if documents is None else documents,
+        field=field,
+        encoding=encoding,
+        validation=0.0,
+    )
+    if problems or where is None or options is None:
+        raise OptionError(problems)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console(sys.stderr)
+    split = encode_text(
+        files,
+        loaded.tokenizer,
+        documents=options.documents,
+        field=options.field,
+        encoding=options.encoding,
+        report=console.note,
+    )
+    network = Network.from_arrays(loaded.architecture, loaded.tensors).to(where)
+    losses = {
+        protocol: measure(network, split, loaded.tokenizer, protocol=protocol)
+        for protocol in PROTOCOLS
+    }
+    if as_json:
+        click.echo(json.dumps({name: loss.to_json() for name, loss in losses.items()}))
+        return
+    click.echo(loss_table(losses))
+    unknown = losses["stateful"].unknown
+    if unknown:
+        click.echo(
+            f"{unknown:,} characters are not in the model's vocabulary; each costs what an unknown "
+            "character costs.",
+            err=True,
+        )

@@ -1,0 +1,179 @@
+"""A run in words: the plan before it, its end, figures of a text, and the model card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from charloom.architecture import Architecture
+from charloom.checkpoint import ModelWriter, read_history
+from training.corpus import EncodedCorpus
+from training.evaluation import Loss, Protocol
+from training.plan import Plan
+from training.runlog import draw_curves, duration
+from training.trainer import Outcome, Trainer
+
+_ENDS = {
+    Outcome.NO_PROGRESS: "Stopped early: the held-out loss no longer improves.",
+    Outcome.OUT_OF_TIME: "Stopped early: the time is up.",
+}
+_PROTOCOLS = {
+    "windows": "windows of 256 from a fresh start",
+    "stateful": "read once, hidden state carried on",
+}
+
+
+def plan_text(plan: Plan, corpus: EncodedCorpus) -> str:
+    """What is going to happen, one fact to a line."""
+    options, told = plan.options, corpus.description
+    train, held_out = len(corpus.train.tokens), len(corpus.validation.tokens)
+    how = "the end of the text" if corpus.documents == "none" else "documents by their hash"
+    threads = f"{plan.threads} thread{'s' if plan.threads > 1 else ''}"
+    rows = {
+        "corpus": f"{', '.join(told['sources'])}: {told['characters']:,} characters",
+        "split": f"{corpus.train.characters:,} characters to train on, "
+        f"{corpus.validation.characters:,} held out ({held_out / (train + held_out):.1%}, {how})",
+        "vocabulary": f"{plan.architecture.vocabulary:,} tokens ({corpus.tokenizer.kind})",
+        "network": describe(plan.architecture),
+        "plan": f"{plan.steps:,} steps of {options.batch_size} x {options.sequence_length} tokens, "
+        f"{plan.epochs:.1f} passes over the text, {plan.precision} on {plan.device}, {threads}, "
+        f"seed {options.seed}",
+        "expected": duration(plan.expected_seconds),
+    }
+    return "\n".join(f"{label:<12}{text}" for label, text in rows.items())
+
+
+def end_text(outcome: Outcome, name: str, summary: Mapping[str, Any], seconds: float) -> str:
+    """How a run ended, how good the model is and what to do next."""
+    if outcome is Outcome.INTERRUPTED:
+        return (
+            f"Stopped and saved after step {summary['step']:,} of {summary['steps']:,}. "
+            f"Go on with: charloom train --resume --name {name}"
+        )
+    lines = [_ENDS[outcome]] if outcome in _ENDS else []
+    lines += [
+        f"{protocol:<12}{loss['nats_per_character']:.4f} nats, "
+        f"{loss['bits_per_character']:.4f} bits per character "
+        f"({loss['characters']:,} held-out characters, {_PROTOCOLS[protocol]})"
+        for protocol, loss in summary["validation"].items()
+    ]
+    lines.append(f"Done in {duration(seconds)}. Try: charloom sample {name}")
+    return "\n".join(lines)
+
+
+def loss_table(losses: Mapping[Protocol, Loss]) -> str:
+    """The figures of a text by each protocol, as a table."""
+    rows = [("protocol", "nats/char", "bits/char", "bits/byte", "characters")]
+    rows += [
+        (
+            protocol,
+            f"{loss.nats_per_character:.4f}",
+            f"{loss.bits_per_character:.4f}",
+            f"{loss.bits_per_byte:.4f}",
+            f"{loss.characters:,}",
+        )
+        for protocol, loss in losses.items()
+    ]
+    return "\n".join(
+        f"{first:<10}" + "".join(f"{cell:>12}" for cell in rest) for first, *rest in rows
+    )
+
+
+def leave_companions(writer: ModelWriter, name: str, trainer: Trainer) -> None:
+    """Write what people look at into the model's folder: the curves and the model card."""
+    history = read_history(writer.path)
+    writer.write_bytes("loss.png", draw_curves(history, title=name))
+    card = model_card(name, trainer.architecture, trainer.summary(), sample=trainer.sample(300))
+    writer.write_text("README.md", card)
+
+
+def model_card(
+    name: str, architecture: Architecture, summary: Mapping[str, Any], *, sample: str
+) -> str:
+    """Markdown: what the model is, what it was trained on, how good it is, how to use it."""
+    corpus, options = summary["corpus"], summary["options"]
+    facts = [
+        f"- {describe(architecture)}",
+        f"- corpus: {', '.join(corpus['sources'])} ({corpus['characters']:,} characters)",
+        f"- tokenizer: {corpus['options']['tokenizer']}, {architecture.vocabulary:,} tokens",
+        f"- trained for {summary['step']:,} of {summary['steps']:,} steps "
+        f"({summary['epochs']:.1f} passes, {duration(summary['seconds'])}) in "
+        f"{summary['precision']}, seed {options['seed']}",
+    ]
+    if not summary["finished"]:
+        facts.append(f"- unfinished: `charloom train --resume --name {name}` goes on")
+    rows = [
+        f"| {_PROTOCOLS[protocol]} | {loss['nats_per_character']:.4f} | "
+        f"{loss['bits_per_character']:.4f} | {loss['bits_per_byte']:.4f} | "
+        f"{loss['characters']:,} |"
+        for protocol, loss in summary["validation"].items()
+    ]
+    quality = (
+        [
+            "Held-out text, never trained on, but it chose which weights to keep.",
+            "",
+            "| protocol | nats per character | bits per character | bits per byte | characters |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+        if rows
+        else ["No text was held out, so nothing is known of its quality."]
+    )
+    fence = "`" * max(3, _longest_run(sample) + 1)
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            "A character-level language model trained with Charloom.",
+            "",
+            *facts,
+            "",
+            "## Quality",
+            "",
+            *quality,
+            "",
+            "The curves are in `loss.png`, the figures behind them in `history.jsonl`.",
+            "",
+            "## A sample",
+            "",
+            "Temperature 0.8, not chosen:",
+            "",
+            fence,
+            sample,
+            fence,
+            "",
+            "## Use",
+            "",
+            "```sh",
+            f'charloom sample {name} "Once" --temperature 0.8',
+            "```",
+            "",
+            "The model writes what its corpus makes likely: it knows nothing, and where the corpus",
+            "is small it may repeat passages of it word by word.",
+            "",
+        ]
+    )
+
+
+def describe(architecture: Architecture) -> str:
+    """One line: cell, layers x hidden size, embedding, extras, parameters."""
+    extras = [
+        word
+        for word, is_on in (("residual", architecture.residual), ("tied", architecture.tied))
+        if is_on
+    ]
+    return ", ".join(
+        [
+            f"{architecture.cell.upper()} {architecture.layers} x {architecture.hidden}",
+            f"embedding {architecture.embedding}",
+            *extras,
+            f"{architecture.parameters:,} parameters",
+        ]
+    )
+
+
+def _longest_run(text: str) -> int:
+    """Length of the longest run of backquotes, which a fence must exceed."""
+    longest = run = 0
+    for character in text:
+        run = run + 1 if character == "`" else 0
+        longest = max(longest, run)
+    return longest

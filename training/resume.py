@@ -1,0 +1,84 @@
+"""A run that was saved, found again: its plan, its corpus and its state, or the reason why not."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from charloom import checkpoint as checkpoints
+from charloom.checkpoint import Checkpoint, TrainerState
+from charloom.errors import ResumeError
+from training.corpus import CorpusOptions, EncodedCorpus, open_corpus, prepare_corpus
+from training.plan import Plan, current_platform
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRun:
+    """All that a `Trainer` needs to go on as if nothing had happened."""
+
+    plan: Plan
+    corpus: EncodedCorpus
+    checkpoint: Checkpoint
+    state: TrainerState
+
+
+def saved_run(
+    folder: Path,
+    choices: Mapping[str, Any],
+    sources: Sequence[str],
+    *,
+    report: Callable[[str], None],
+) -> SavedRun:
+    """The run saved in `folder`; `choices` and `sources` are what was given again, if anything.
+
+    Raises `ResumeError` when there is nothing to go on with, or an option, the architecture or the
+    text differs from the run's own, and `CheckpointError` when the folder does not verify.
+    """
+    checkpoint = checkpoints.load(folder)
+    state = checkpoints.load_trainer(folder)
+    plan = Plan.from_json(state.values["plan"])
+    progress = state.values["progress"]
+    if progress["finished"]:
+        raise ResumeError(
+            f"{folder.name} has finished after {progress['step']:,} steps, so there is nothing to "
+            "resume; train under another name, or again with --overwrite."
+        )
+    recorded = {**asdict(plan.options), **checkpoint.summary["corpus"]["options"]}
+    differing = [
+        f"--{name.replace('_', '-')} {value} (the run has {recorded[name]})"
+        for name, value in choices.items()
+        if value != recorded[name]
+    ]
+    if differing:
+        raise ResumeError(
+            f"{folder.name} goes on by its own plan, which differs from {', '.join(differing)}; "
+            "leave these options out, or train under another name."
+        )
+    corpus = _find_corpus(checkpoint, plan, sources, report)
+    if plan.platform != current_platform():
+        report(
+            "This processor or torch differs from the one the run began on: it goes on, but not "
+            "bit for bit as it would have there."
+        )
+    report(f"Resuming {folder.name} after step {progress['step']:,} of {plan.steps:,}.")
+    return SavedRun(plan, corpus, checkpoint, state)
+
+
+def _find_corpus(
+    checkpoint: Checkpoint, plan: Plan, sources: Sequence[str], report: Callable[[str], None]
+) -> EncodedCorpus:
+    """The corpus of the run: from the sources given, else the cache, else the sources it names."""
+    told = checkpoint.summary["corpus"]
+    if not sources:
+        cached = open_corpus(plan.corpus)
+        if cached is not None:
+            return cached
+        sources = told["sources"]
+        report("The encoded corpus is no longer in the cache; its sources are read again.")
+    corpus = prepare_corpus(sources, CorpusOptions(**told["options"]), report=report)
+    if corpus.fingerprint != plan.corpus:
+        raise ResumeError(
+            f"{', '.join(sources)} is not the text that {checkpoint.path.name} was trained on; "
+            "give that text, or train under another name."
+        )
+    return corpus

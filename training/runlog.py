@@ -1,0 +1,121 @@
+"""What a run tells while it goes on and what it leaves to look at: console, curves, model card.
+
+Everything here goes to standard error; the one product on standard output, the model's folder, is
+the command's own business. On a terminal there is a progress bar, elsewhere a plain line for each
+evaluation, so a log file stays readable.
+"""
+
+import io
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TextIO
+
+from tqdm import tqdm
+
+_SMOOTHING = 0.02
+
+
+class Console:
+    """Progress on a text stream: a bar on a terminal, plain lines elsewhere.
+
+    Losses come in nats per token and tokens as counts; they are shown per character, by the
+    corpus's own `characters_per_token`.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bar: tqdm[NoReturn] | None = None
+        self._start = 0
+        self._began = 0.0
+        self._characters_per_token = 1.0
+        self._tokens = 0
+        self._loss: float | None = None
+
+    def note(self, text: str) -> None:
+        """Print whole lines, above the bar where there is one."""
+        tqdm.write(text, file=self._stream)
+        self._stream.flush()
+
+    def start(self, step: int, steps: int, *, characters_per_token: float) -> None:
+        """Begin to count, from `step` on."""
+        self._start, self._began = step, time.perf_counter()
+        self._characters_per_token = characters_per_token
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=steps,
+                initial=step,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% |{bar}| {postfix} [{elapsed} < {remaining}]",
+            )
+
+    def stepped(self, step: int, steps: int, nats: float, tokens: int) -> None:
+        """Take in one step."""
+        self._loss = nats if self._loss is None else self._loss + _SMOOTHING * (nats - self._loss)
+        self._tokens += tokens
+        if self._bar is not None:
+            loss = self._loss / self._characters_per_token
+            self._bar.total = steps
+            self._bar.set_postfix_str(
+                f"step {step:,}, loss {loss:.3f}, {loss / math.log(2):.3f} bits/char, "
+                f"{self._speed:,.0f} char/s",
+                refresh=False,
+            )
+            self._bar.update(step - self._bar.n)
+
+    def evaluated(self, line: Mapping[str, Any], steps: int) -> None:
+        """Print one line of the history."""
+        parts = [f"step {line['step']:>7,} of {steps:,}", f"training {line['training']:.4f}"]
+        held_out = [line[name] for name in ("trained", "averaged") if name in line]
+        if held_out:
+            best = min(held_out)
+            parts.append(f"held out {best:.4f} nats, {best / math.log(2):.3f} bits per character")
+        spent = time.perf_counter() - self._began
+        left = spent / max(line["step"] - self._start, 1) * (steps - line["step"])
+        parts.append(f"{self._speed:,.0f} char/s")
+        parts.append(f"{duration(left)} left")
+        self.note("   ".join(parts))
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    @property
+    def _speed(self) -> float:
+        spent = max(time.perf_counter() - self._began, 1e-9)
+        return self._tokens * self._characters_per_token / spent
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
+    """A PNG of training and held-out loss over the steps, in nats per token and per character."""
+    from matplotlib.figure import Figure  # a second of import that only the end of a run pays
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines = [line for line in history if "training" in line]
+    steps = [line["step"] for line in lines]
+    axes.plot(steps, [line["training"] for line in lines], label="training (with dropout)")
+    for name in ("trained", "averaged"):
+        if any(name in line for line in lines):
+            losses = [line.get(name, math.nan) for line in lines]
+            axes.plot(steps, losses, label=f"held out, {name} weights")
+    axes.set(xlabel="step", ylabel="nats per character", title=title)
+    axes.grid(alpha=0.3)
+    if lines:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()

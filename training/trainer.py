@@ -1,0 +1,395 @@
+"""The training loop: follow the plan, keep the best weights, lose nothing.
+
+Each turn of the loop is one batch, one step of the learner, and then what is due: an evaluation
+by step, a save by clock. Saving changes nothing that is computed, and everything the next step
+depends on is in what is saved, so a run that was killed at any moment and resumed ends bit for bit
+where the uninterrupted one ends (same processor, same torch). The published weights are the better
+of the trained and the averaged ones at the best evaluation so far; without held-out text, the
+averaged.
+"""
+
+import math
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from charloom.architecture import Architecture
+from charloom.checkpoint import Checkpoint, ModelWriter, TrainerState
+from charloom.errors import DivergenceError
+from charloom.model import Model
+from training.batches import Batches
+from training.corpus import EncodedCorpus
+from training.evaluation import PROTOCOLS, Loss, evaluate
+from training.learner import Learner
+from training.network import Network
+from training.optimiser import learning_rate
+from training.plan import Plan
+from training.runlog import Console
+
+SAMPLE_EVERY = 4
+SAMPLE_TOKENS = 160
+"""After every so many evaluations a sample of this length is shown."""
+
+SAVE_SECONDS = 20.0
+"""Clock time between saves: the most that a kill can cost."""
+
+RARE_SHARE = 0.001
+"""The unknown row is trained on the least frequent characters, up to this share of the text."""
+
+_SMOOTHING = 0.05
+_FINAL_SHARE = 0.97
+
+
+class Outcome(Enum):
+    """Why the loop ended."""
+
+    FINISHED = "finished"
+    NO_PROGRESS = "no progress"
+    OUT_OF_TIME = "out of time"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation so far: at which step, how good, and of which weights."""
+
+    step: int
+    nats: float
+    averaged: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a run stands, beside its tensors; all of it is saved.
+
+    `sum_nats` and `sum_tokens` count since the last evaluation; `smooth` is the running loss that
+    the watch for divergence looks at; `shortened` is (at step, new number of steps).
+    """
+
+    step: int = 0
+    best: Best | None = None
+    stale: int = 0
+    sum_nats: float = 0.0
+    sum_tokens: int = 0
+    smooth: float | None = None
+    seconds: float = 0.0
+    shortened: tuple[int, int] | None = None
+    finished: bool = False
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` gave."""
+        values = dict(fields)
+        if values["best"] is not None:
+            values["best"] = Best(**values["best"])
+        if values["shortened"] is not None:
+            values["shortened"] = tuple(values["shortened"])
+        return cls(**values)
+
+
+class Trainer:
+    """One run of one plan.
+
+    `elapsed` tells the seconds since the command began; `interrupted` whether it was asked to stop.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        corpus: EncodedCorpus,
+        writer: ModelWriter,
+        *,
+        console: Console,
+        elapsed: Callable[[], float] = time.monotonic,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        torch.set_num_threads(plan.threads)
+        self._plan = plan
+        self._corpus = corpus
+        self._writer = writer
+        self._console = console
+        self._elapsed = elapsed
+        self._interrupted = interrupted
+        self._progress = Progress()
+        self._seconds_before = 0.0
+        self._reports: dict[str, Any] = {}
+        self._learner = Learner(
+            plan.options,
+            plan.architecture,
+            steps=plan.steps,
+            precision=plan.precision,
+            device=torch.device(plan.device),
+            unknown=corpus.tokenizer.unknown,
+            rare=torch.from_numpy(rare_tokens(corpus.token_counts, corpus.tokenizer.end)),
+        )
+        self._published = _arrays(dict(self._learner.network.named_parameters()))
+        self._batches = Batches(
+            corpus.train,
+            batch_size=plan.options.batch_size,
+            sequence_length=plan.options.sequence_length,
+            seed=plan.options.seed,
+        )
+
+    def restore(self, checkpoint: Checkpoint, state: TrainerState) -> None:
+        """Go on from a saved run of the same plan."""
+        self._progress = Progress.from_json(state.values["progress"])
+        self._seconds_before = self._progress.seconds
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in state.arrays.items()}
+        self._learner.load(tensors, step=self._progress.step)
+        self._published = {name: array.copy() for name, array in checkpoint.tensors.items()}
+        self._reports = dict(checkpoint.summary["validation"])
+        self._writer.cut_history(self._progress.step)
+
+    def run(self) -> Outcome:
+        """Follow the plan to its end, or until there is no progress, no time, or a wish to stop.
+
+        Raises `DivergenceError` when the loss explodes, `StorageError` when a save is refused; what
+        was saved before remains.
+        """
+        plan, learner = self._plan, self._learner
+        if self._progress.step == 0:
+            self._save()
+        batches = self._batches.since(self._progress.step)
+        self._console.start(
+            self._progress.step, self._steps, characters_per_token=self._characters_per_token
+        )
+        first, began, saved = self._progress.step, self._elapsed(), self._elapsed()
+        outcome = Outcome.FINISHED
+        while (step := self._progress.step) < self._steps:
+            batch = next(batches)
+            rate = learning_rate(
+                step,
+                peak=plan.options.learning_rate,
+                planned=plan.steps,
+                shortened=self._progress.shortened,
+            )
+            nats, norm = learner.learn(batch, step=step, rate=rate)
+            self._advance(nats, batch.tokens, rate)
+            self._console.stepped(step + 1, self._steps, nats, batch.tokens)
+            last = step + 1 == self._steps
+            if last or (step + 1) % plan.evaluate_every == 0:
+                self._evaluate(rate, norm)
+                self._keep_to_budget((self._elapsed() - began) / (step + 1 - first))
+                if self._progress.stale >= plan.options.patience and not last:
+                    outcome = Outcome.NO_PROGRESS
+                    break
+                if self._is_out_of_time and not last:
+                    outcome = Outcome.OUT_OF_TIME
+                    break
+            if self._interrupted():
+                outcome = Outcome.INTERRUPTED
+                break
+            if self._elapsed() - saved > SAVE_SECONDS:
+                self._save()
+                saved = self._elapsed()
+        if outcome is not Outcome.INTERRUPTED:
+            self._report()
+        self._save()
+        return outcome
+
+    @property
+    def _steps(self) -> int:
+        """How many steps this run takes, after a shortening if there was one."""
+        shortened = self._progress.shortened
+        return self._plan.steps if shortened is None else shortened[1]
+
+    @property
+    def _seconds(self) -> float:
+        """Seconds spent on this run in all, in this process and those before."""
+        return self._seconds_before + self._elapsed()
+
+    @property
+    def _is_out_of_time(self) -> bool:
+        budget = self._plan.seconds
+        return (
+            budget is not None and self._progress.shortened is not None and (self._seconds > budget)
+        )
+
+    def _advance(self, nats: float, tokens: int, rate: float) -> None:
+        """Count one step; raises `DivergenceError` when the running loss is beyond all guessing."""
+        before = self._progress
+        smooth = (
+            nats if before.smooth is None else (before.smooth + _SMOOTHING * (nats - before.smooth))
+        )
+        hopeless = 2 * math.log(self._plan.architecture.vocabulary)
+        if smooth > hopeless:
+            raise DivergenceError(
+                f"Training diverged at step {before.step + 1}: the running loss is {smooth:.2f} "
+                f"nats, twice that of blind guessing, at learning rate {rate:.3g}. Train again "
+                f"with a smaller --learning-rate than {self._plan.options.learning_rate:g}."
+            )
+        self._progress = replace(
+            before,
+            step=before.step + 1,
+            sum_nats=before.sum_nats + nats * tokens,
+            sum_tokens=before.sum_tokens + tokens,
+            smooth=smooth,
+        )
+
+    def _evaluate(self, rate: float, norm: float) -> None:
+        """Measure the trained and the averaged weights on held-out text; publish the better."""
+        progress, learner = self._progress, self._learner
+        line: dict[str, Any] = {
+            "step": progress.step,
+            "seconds": round(self._seconds, 1),
+            "training": progress.sum_nats / max(progress.sum_tokens, 1),
+            "learning_rate": rate,
+            "gradient_norm": norm,
+        }
+        averaged = learner.average.weights
+        if not self._has_held_out:
+            self._published = _arrays(averaged)
+            best, stale = None, 0
+        else:
+            best, stale = progress.best, progress.stale + 1
+            trained = {name: p.detach() for name, p in learner.network.named_parameters()}
+            for name, weights in (("trained", trained), ("averaged", averaged)):
+                loss = self._loss(weights)
+                line[name] = loss.nats_per_character
+                if best is None or loss.nats_per_token < best.nats:
+                    best = Best(progress.step, loss.nats_per_token, name == "averaged")
+                    stale = 0
+                    self._published = _arrays(weights)
+                    self._reports = {"windows": loss.to_json()}
+        self._progress = replace(progress, best=best, stale=stale, sum_nats=0.0, sum_tokens=0)
+        self._writer.append_history(line)
+        self._console.evaluated(line, self._steps)
+        if progress.step // self._plan.evaluate_every % SAMPLE_EVERY == 0:
+            text = self.sample(SAMPLE_TOKENS)
+            self._console.note(textwrap.indent(text, "    | ", lambda _: True))
+
+    def _loss(self, weights: Mapping[str, Tensor]) -> Loss:
+        """Windows loss of these weights on the plan's share of the held-out text."""
+        network = Network(self._plan.architecture)
+        network.to(self._plan.device).load_state_dict(dict(weights))
+        return evaluate(
+            network,
+            self._corpus.validation,
+            self._corpus.tokenizer,
+            protocol="windows",
+            limit=self._plan.evaluation_tokens,
+            precision=self._plan.precision,
+        )
+
+    def _keep_to_budget(self, step_seconds: float) -> None:
+        """Shorten the plan, once, when the machine has become too slow to finish it in time."""
+        progress, budget = self._progress, self._plan.seconds
+        if budget is None or progress.shortened is not None or self._seconds < budget / 2:
+            return
+        finish = self._plan.finish_seconds
+        left = self._steps - progress.step
+        if self._seconds + left * step_seconds + finish <= _FINAL_SHARE * budget:
+            return
+        fits = int((_FINAL_SHARE * budget - finish - self._seconds) / step_seconds)
+        steps = progress.step + max(fits, 1)
+        if steps >= self._steps:
+            return
+        self._progress = replace(progress, shortened=(progress.step, steps))
+        self._writer.append_history({"step": progress.step, "event": "shortened", "steps": steps})
+        self._console.note(
+            f"The machine has become slower: the plan ends after {steps:,} steps instead of "
+            f"{self._plan.steps:,}."
+        )
+        self._save()
+
+    def _report(self) -> None:
+        """Measure the published weights by both protocols in float32: the figures of the model."""
+        self._progress = replace(self._progress, finished=True)
+        if not self._has_held_out:
+            return
+        network = Network.from_arrays(self._plan.architecture, self._published)
+        network.to(self._plan.device)
+        for protocol in PROTOCOLS:
+            self._reports[protocol] = evaluate(
+                network,
+                self._corpus.validation,
+                self._corpus.tokenizer,
+                protocol=protocol,
+                limit=self._plan.report_tokens[protocol],
+            ).to_json()
+
+    def _save(self) -> None:
+        """Commit weights, progress and the learner's state together."""
+        self._progress = replace(self._progress, seconds=self._seconds)
+        state = TrainerState(
+            arrays=_arrays(self._learner.state()),
+            values={"plan": self._plan.to_json(), "progress": asdict(self._progress)},
+        )
+        self._writer.commit(
+            architecture=self._plan.architecture,
+            tokenizer=self._corpus.tokenizer,
+            tensors=self._published,
+            token_counts=self._corpus.token_counts,
+            documents=self._corpus.documents,
+            summary=self.summary(),
+            trainer=state,
+        )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The network's shape."""
+        return self._plan.architecture
+
+    def sample(self, tokens: int) -> str:
+        """What the published weights write from nothing at temperature 0.8, seed of the run."""
+        checkpoint = Checkpoint(
+            path=self._writer.path,
+            architecture=self._plan.architecture,
+            tokenizer=self._corpus.tokenizer,
+            tensors=self._published,
+            token_counts=self._corpus.token_counts,
+            documents=self._corpus.documents,
+            summary={},
+            fingerprint="",
+        )
+        seed = self._plan.options.seed
+        return Model(checkpoint).generate(max_tokens=tokens, temperature=0.8, seed=seed).text
+
+    def summary(self) -> dict[str, Any]:
+        """What `config.json`, the model card and the end of the command tell of this run."""
+        progress = self._progress
+        return {
+            "options": asdict(self._plan.options),
+            "corpus": dict(self._corpus.description),
+            "step": progress.step,
+            "steps": self._steps,
+            "epochs": progress.step / self._batches.steps_per_epoch,
+            "seconds": round(progress.seconds, 1),
+            "finished": progress.finished,
+            "precision": self._plan.precision,
+            "threads": self._plan.threads,
+            "platform": self._plan.platform,
+            "best": None if progress.best is None else asdict(progress.best),
+            "validation": self._reports,
+        }
+
+    @property
+    def _characters_per_token(self) -> float:
+        return self._corpus.train.characters / max(len(self._corpus.train.tokens), 1)
+
+    @property
+    def _has_held_out(self) -> bool:
+        return len(self._corpus.validation.tokens) > 1
+
+
+def rare_tokens(counts: NDArray[np.int64], end: int) -> NDArray[np.int64]:
+    """The least frequent characters, as many as make up `RARE_SHARE` of the text, at least one."""
+    order = np.argsort(counts, kind="stable")
+    order = order[(counts[order] > 0) & (order != end)]
+    share = np.cumsum(counts[order]) / max(counts.sum(), 1)
+    count = max(int(np.searchsorted(share, RARE_SHARE, side="right")), 1)
+    rare: NDArray[np.int64] = order[:count]
+    return rare
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Copies in memory of the processor, so that training may go on."""
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
