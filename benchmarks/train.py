@@ -1,21 +1,28 @@
 """Training speed: Charloom's step against the usual loop around `nn.LSTM`, in one run.
 
-    python benchmarks/train.py [--rounds 9] [--output benchmarks/results/train.md]
+    python benchmarks/train.py [--rounds 9] [--embedding 128] [--output benchmarks/results/train.md]
 
-Both train a 2 x 512 LSTM (embedding 128, 67 symbols) on the same random text, 32 lanes of 128
-characters, with AdamW and norm clipping. The usual loop is fp32 `nn.LSTM(num_layers=2)` as every
-tutorial writes it. Charloom's step also does locked dropout, weight drop and weight averaging.
-Beside them runs a large bf16 matrix product, whose arithmetic rate is the ceiling, and the data
-pipeline alone. All take turns in every round, so that a busy machine disturbs all alike; figures
-are medians over the rounds, and ratios are medians of each round's ratio.
+Both train a 2 x 512 LSTM (67 symbols) on the same kind of text, 32 lanes of 128 characters, with
+AdamW and norm clipping. The usual loop is fp32 `nn.LSTM(num_layers=2)` as every tutorial writes it.
+Charloom's step also does locked dropout, weight drop and weight averaging. Beside them run a large
+bf16 matrix product, whose arithmetic rate is the ceiling, and the data pipeline alone.
+
+Charloom sets how its process keeps memory (`training.memory`), so each contender has a process of
+its own, and the usual loop is also timed with that setting. All take turns in every round, so that
+a busy machine disturbs all alike; figures are medians over the rounds, and ratios are medians of
+each round's ratio. The arithmetic counted is what the step executes: 6 operations per character and
+weight of every product, and of a first layer that reads one-hot tokens V columns instead of E.
 """
 
 import argparse
 import itertools
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +36,21 @@ from training.batches import Batches
 from training.config import TrainingOptions
 from training.corpus import Split
 from training.learner import Learner
+from training.memory import keep_freed_memory
 from training.recurrence import Arithmetic
 
-LAYERS, HIDDEN, EMBEDDING, VOCABULARY, LANES, STEPS = 2, 512, 128, 67, 32, 128
+LAYERS, HIDDEN, VOCABULARY, LANES, STEPS = 2, 512, 67, 32, 128
 PRODUCT = 2048
 
 
-def usual_loop() -> Callable[[], None]:
+def usual_loop(embedding: int) -> Callable[[], None]:
     """One step of fp32 `nn.LSTM` training as tutorials write it."""
 
     class Usual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding = nn.Embedding(VOCABULARY, EMBEDDING)
-            self.lstm = nn.LSTM(EMBEDDING, HIDDEN, num_layers=LAYERS, batch_first=True)
+            self.embedding = nn.Embedding(VOCABULARY, embedding)
+            self.lstm = nn.LSTM(embedding, HIDDEN, num_layers=LAYERS, batch_first=True)
             self.output = nn.Linear(HIDDEN, VOCABULARY)
 
         def forward(
@@ -70,33 +78,53 @@ def usual_loop() -> Callable[[], None]:
     return step
 
 
-def charloom_step(
-    architecture: Architecture, precision: Arithmetic, *, dropout: float, weight_drop: float
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One step of Charloom's training, and the fetching of its text alone."""
+def charloom_step(embedding: int, precision: Arithmetic, *, masks: bool) -> Callable[[], None]:
+    """One step of Charloom's training."""
     options = TrainingOptions(
         hidden=HIDDEN,
-        dropout=dropout,
-        weight_drop=weight_drop,
+        embedding=embedding,
+        dropout=0.4 if masks else 0.0,
+        weight_drop=0.2 if masks else 0.0,
         batch_size=LANES,
         sequence_length=STEPS,
     )
     learner = Learner(
-        options, architecture, steps=10_000, precision=precision, device=torch.device("cpu")
+        options,
+        architecture(embedding),
+        steps=10_000,
+        precision=precision,
+        device=torch.device("cpu"),
     )
-    tokens = np.random.default_rng(0).integers(2, VOCABULARY, size=2_000_000).astype(np.uint8)
-    split = Split(tokens=tokens, boundaries=None, characters=len(tokens), bytes=len(tokens))
-    batches = Batches(split, batch_size=LANES, sequence_length=STEPS, seed=1)
-    stream, alone = batches.since(0), batches.since(0)
-    numbers = itertools.count()
+    stream, numbers = batches().since(0), itertools.count()
 
     def step() -> None:
         learner.learn(next(stream), step=next(numbers), rate=1e-3)
 
-    def fetch() -> None:
-        next(alone)
+    return step
 
-    return step, fetch
+
+def pipeline() -> Callable[[], None]:
+    """The fetching of a batch alone."""
+    stream = batches().since(0)
+
+    def fetch() -> None:
+        next(stream)
+
+    return fetch
+
+
+def batches() -> Batches:
+    """Two million characters at random."""
+    tokens = np.random.default_rng(0).integers(2, VOCABULARY, size=2_000_000).astype(np.uint8)
+    split = Split(tokens=tokens, boundaries=None, characters=len(tokens), bytes=len(tokens))
+    return Batches(split, batch_size=LANES, sequence_length=STEPS, seed=1)
+
+
+def architecture(embedding: int) -> Architecture:
+    """The network of the comparison."""
+    return Architecture(
+        cell="lstm", vocabulary=VOCABULARY, embedding=embedding, hidden=HIDDEN, layers=LAYERS
+    )
 
 
 def product() -> Callable[[], None]:
@@ -110,85 +138,145 @@ def product() -> Callable[[], None]:
     return multiply
 
 
-def seconds(call: Callable[[], None], repeats: int) -> float:
-    """Median time of a call within this round."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+USUAL = "usual fp32 `nn.LSTM` loop"
+FULL = "charloom bf16, dropout, weight drop"
+PIPELINE = "data pipeline alone"
+CEILING = f"bf16 matrix product ({PRODUCT}^3)"
 
 
-def main() -> None:
-    """Run and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
-    arguments = parser.parse_args()
-    architecture = Architecture(
-        cell="lstm", vocabulary=VOCABULARY, embedding=EMBEDDING, hidden=HIDDEN, layers=LAYERS
-    )
-    full, pipeline = charloom_step(architecture, "bfloat16", dropout=0.4, weight_drop=0.2)
-    bare, _ = charloom_step(architecture, "bfloat16", dropout=0.0, weight_drop=0.0)
-    single, _ = charloom_step(architecture, "float32", dropout=0.4, weight_drop=0.2)
-    calls = {
-        "usual fp32 nn.LSTM loop": usual_loop(),
-        "charloom fp32, dropout, weight drop": single,
-        "charloom bf16, dropout, weight drop": full,
-        "charloom bf16, no masks": bare,
-        "data pipeline alone": pipeline,
-        "bf16 matrix product": product(),
+def contender(name: str, embedding: int) -> Callable[[], None]:
+    """What is timed under this name, in the process that calls this."""
+    if name not in (USUAL, CEILING):
+        keep_freed_memory()
+    contenders: dict[str, Callable[[], Callable[[], None]]] = {
+        USUAL: lambda: usual_loop(embedding),
+        f"{USUAL}, memory kept": lambda: usual_loop(embedding),
+        "charloom fp32, dropout, weight drop": lambda: charloom_step(
+            embedding, "float32", masks=True
+        ),
+        FULL: lambda: charloom_step(embedding, "bfloat16", masks=True),
+        "charloom bf16, no masks": lambda: charloom_step(embedding, "bfloat16", masks=False),
+        PIPELINE: pipeline,
+        CEILING: product,
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(arguments.rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call, 3))
+    return contenders[name]()
 
-    characters = LANES * STEPS
-    matrices = sum(
-        rows * columns
-        for name, (rows, *rest) in architecture.tensor_shapes().items()
-        if rest and name != "embedding.weight"
-        for columns in rest
-    )
-    work = 6 * matrices * characters  # forward one, backward two products, two operations each
-    ceiling = [2 * (PRODUCT) ** 3 / spent / 1e9 for spent in times["bf16 matrix product"]]
-    usual = times["usual fp32 nn.LSTM loop"]
+
+NAMES = (
+    USUAL,
+    f"{USUAL}, memory kept",
+    "charloom fp32, dropout, weight drop",
+    FULL,
+    "charloom bf16, no masks",
+    PIPELINE,
+    CEILING,
+)
+
+
+def serve(name: str, embedding: int, pipe: Connection) -> None:
+    """In a process of its own: time the contender whenever asked, until the pipe closes."""
+    call = contender(name, embedding)
+    for _ in range(3):
+        call()
+    pipe.send(0.0)
+    while (repeats := pipe.recv()) is not None:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        pipe.send(statistics.median(times))
+
+
+@contextmanager
+def process(name: str, embedding: int) -> Iterator[Callable[[int], float]]:
+    """A contender's process; the function times so many calls and gives their median seconds."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=serve, args=(name, embedding, theirs))
+    worker.start()
+    ours.recv()
+
+    def ask(repeats: int) -> float:
+        ours.send(repeats)
+        return float(ours.recv())
+
+    try:
+        yield ask
+    finally:
+        ours.send(None)
+        worker.join()
+
+
+def measure(rounds: int, embedding: int) -> dict[str, list[float]]:
+    """Median seconds of each contender in each round."""
+    with ExitStack() as stack:
+        ask = {name: stack.enter_context(process(name, embedding)) for name in NAMES}
+        times: dict[str, list[float]] = {name: [] for name in NAMES}
+        for _ in range(rounds):
+            for name in NAMES:
+                times[name].append(ask[name](3))
+    return times
+
+
+def executed(embedding: int, name: str) -> int:
+    """Operations of one step: forward one product, backward two, two operations a weight."""
+    reads = embedding if name.startswith(USUAL) else min(embedding, VOCABULARY)
+    weights = 4 * HIDDEN * (reads + HIDDEN) + 4 * HIDDEN * 2 * HIDDEN + VOCABULARY * HIDDEN
+    return 6 * weights * LANES * STEPS
+
+
+def table(times: dict[str, list[float]], embedding: int) -> list[str]:
+    """The rows of the comparison."""
+    ceiling = [2 * PRODUCT**3 / spent for spent in times[CEILING]]
     lines = [
-        f"# Training speed, {time.strftime('%Y-%m-%d')}",
-        "",
-        describe(torch=torch.__version__, numpy=np.__version__, threads=torch.get_num_threads()),
-        "",
-        f"LSTM {LAYERS} x {HIDDEN}, embedding {EMBEDDING}, {VOCABULARY} symbols, batch {LANES}, "
-        f"sequence {STEPS}; medians of {arguments.rounds} rounds taken in turns.",
-        "",
         "| what | ms per step | characters/s | GFLOP/s | share of the product's rate "
         "| times the usual loop |",
         "|---|---|---|---|---|---|",
     ]
     for name, spent in times.items():
         median = statistics.median(spent)
-        if name == "bf16 matrix product":
+        if name == CEILING:
             rate = statistics.median(ceiling)
-            lines.append(f"| {name} ({PRODUCT}^3) | {median * 1e3:.1f} | | {rate:.0f} | 1 | |")
-        elif name == "data pipeline alone":
-            share = median / statistics.median(times["charloom bf16, dropout, weight drop"])
+            lines.append(f"| {name} | {median * 1e3:.1f} | | {rate / 1e9:.0f} | 100% | |")
+        elif name == PIPELINE:
+            share = median / statistics.median(times[FULL])
             lines.append(f"| {name} | {median * 1e3:.2f} ({share:.2%} of a bf16 step) | | | | |")
         else:
-            shares = [work / t / 1e9 / c for t, c in zip(spent, ceiling, strict=True)]
-            ratios = [u / t for u, t in zip(usual, spent, strict=True)]
+            work = executed(embedding, name)
+            shares = [work / t / c for t, c in zip(spent, ceiling, strict=True)]
+            ratios = [u / t for u, t in zip(times[USUAL], spent, strict=True)]
             lines.append(
-                f"| {name} | {median * 1e3:.1f} | {characters / median:,.0f} "
+                f"| {name} | {median * 1e3:.1f} | {LANES * STEPS / median:,.0f} "
                 f"| {work / median / 1e9:.0f} | {statistics.median(shares):.0%} "
                 f"| {statistics.median(ratios):.2f} |"
             )
-    table = "\n".join(lines) + "\n"
-    sys.stdout.write(table)
+    return lines
+
+
+def main() -> None:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description="Time training steps side by side.")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--embedding", type=int, default=128)
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    arguments = parser.parse_args()
+    times = measure(arguments.rounds, arguments.embedding)
+    lines = [
+        f"# Training speed, {time.strftime('%Y-%m-%d')}",
+        "",
+        describe(torch=torch.__version__, numpy=np.__version__, threads=torch.get_num_threads()),
+        "",
+        f"LSTM {LAYERS} x {HIDDEN}, embedding {arguments.embedding}, {VOCABULARY} symbols, batch "
+        f"{LANES}, sequence {STEPS}; medians of {arguments.rounds} rounds taken in turns.",
+        "",
+        *table(times, arguments.embedding),
+        "",
+    ]
+    text = "\n".join(lines)
+    sys.stdout.write(text)
     if arguments.output is not None:
-        arguments.output.write_text(table, encoding="utf-8")
+        arguments.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def test_a_state_dict_is_a_weights_file(cell: Cell, tied: bool) -> None:
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"residual": True}, {"tied": True, "embedding": 8}, {"layers": 1}]
+    "changes",
+    [{}, {"residual": True}, {"tied": True, "embedding": 8}, {"layers": 1}, {"embedding": 40}],
 )
 def test_the_forward_pass_is_the_numpy_cell(cell: Cell, changes: dict[str, Any]) -> None:
     """Logits of 200 steps in three lanes agree with the gate-by-gate definition to 1e-5."""

@@ -20,7 +20,7 @@ import click
 import torch
 
 from charloom import checkpoint as checkpoints
-from charloom.checkpoint import ModelWriter, check_name, find_model
+from charloom.checkpoint import ModelWriter, WriteMode, check_name, find_model
 from charloom.cli.context import Context
 from charloom.cli.options import given, options_of
 from charloom.errors import ModelNameError, OptionError
@@ -28,6 +28,7 @@ from training.config import TrainingOptions
 from training.corpus import CorpusOptions, encode_text, prepare_corpus
 from training.evaluation import PROTOCOLS
 from training.evaluation import evaluate as measure
+from training.memory import keep_freed_memory
 from training.network import Network
 from training.plan import choose_device, make_plan
 from training.report import end_text, leave_companions, loss_table, plan_text
@@ -72,6 +73,7 @@ def train(
     Built in: python-docs (the language reference) and python-stdlib (Python's own source).
     """
     began = time.monotonic() - time.process_time()  # imports belong to the command's time too
+    keep_freed_memory()
     console = Console(sys.stderr)
     choices = _choices(ctx, config_file)
     problems = _name_problems(name)
@@ -92,12 +94,9 @@ def train(
     def elapsed() -> float:
         return time.monotonic() - began
 
-    with (
-        ModelWriter(
-            folder, mode="resume" if resume else "overwrite" if overwrite else "new"
-        ) as writer,
-        _stop_request() as stop,
-    ):
+    stop = StopRequest()
+    mode: WriteMode = "resume" if resume else "overwrite" if overwrite else "new"
+    with ModelWriter(folder, mode=mode) as writer:
         if resume:
             run = saved_run(folder, choices, corpus, report=console.note)
             trainer = Trainer(
@@ -111,8 +110,9 @@ def train(
             trainer = Trainer(
                 plan, encoded, writer, console=console, elapsed=elapsed, interrupted=stop
             )
-        outcome = trainer.run()
-        leave_companions(writer, name, trainer)
+        with stop.listening():
+            outcome = trainer.run()
+            leave_companions(writer, name, trainer)
     console.note(end_text(outcome, name, trainer.summary(), elapsed()))
     click.echo(str(folder))
     if stop.signal is not None and outcome is Outcome.INTERRUPTED:
@@ -120,7 +120,7 @@ def train(
 
 
 class StopRequest:
-    """Whether a signal asked the run to stop, and which."""
+    """Whether a signal asked the run to stop, and which one."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -129,24 +129,26 @@ class StopRequest:
         """True once asked."""
         return self.signal is not None
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the first Ctrl-C or SIGTERM as a request; a second one acts as ever."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-@contextmanager
-def _stop_request() -> Iterator[StopRequest]:
-    """Turn the first Ctrl-C or SIGTERM into a request; a second one acts as ever."""
-    request = StopRequest()
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        del frame
-        request.signal = number
-        for known, handler in before.items():
-            signal.signal(known, handler)
+        def take(number: int, frame: FrameType | None) -> None:
+            del frame
+            self.signal = number
+            restore()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in before:
+            signal.signal(number, take)
+        try:
+            yield
+        finally:
+            restore()
 
 
 def _choices(ctx: click.Context, config_file: Path | None) -> dict[str, Any]:
@@ -245,6 +247,7 @@ def evaluate(
     )
     if problems or where is None or options is None:
         raise OptionError(problems)
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console(sys.stderr)

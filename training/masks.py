@@ -51,5 +51,5 @@ def keep_mask(
 ) -> Tensor:
     """0 where dropped, 1 / (1 - rate) where kept, float32: the expectation stays what it was."""
     dropped = chance(shape, rate, seed=seed, step=step, purpose=purpose, layer=layer)
-    kept = np.float32(1.0 / (1.0 - round(rate * _LEVELS) / _LEVELS))
-    return torch.from_numpy(np.where(dropped, np.float32(0.0), kept))
+    kept = 1.0 / (1.0 - round(rate * _LEVELS) / _LEVELS)
+    return torch.from_numpy(~dropped).float().mul_(kept)

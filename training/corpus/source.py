@@ -140,7 +140,7 @@ def _text_file(path: Path) -> TextFile:
 
 def _matches(pattern: str) -> list[TextFile]:
     # Path.glob takes no pattern that begins at the root.
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
     paths = [path for path in map(Path, sorted(found)) if path.is_file()]
     if not paths:
         raise CorpusError(
