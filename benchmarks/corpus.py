@@ -1,65 +1,60 @@
-"""Encode a generated corpus and say how fast it went and how much memory it took.
+"""Encode a generated corpus and train on it: how fast, and in how much memory.
 
     python benchmarks/corpus.py                          # 2 GB of ASCII
     python benchmarks/corpus.py --documents lines        # 50 million documents
     python benchmarks/corpus.py --gigabytes 0.2 --text mixed --tokenizer bytes
 
-The corpus and its cache are written to a temporary folder (`--folder` says where; it needs twice to
-thrice the corpus's size) and deleted at the end. Memory is RssAnon of /proc/self/status, what the
-process holds of its own; pages of the mapped files, which the kernel may drop at any time, are not
-in it. It is read a hundred times a second, and once more after every token was touched.
+This runs `charloom train` itself on the text, with the default network, and watches the process.
+Memory is RssAnon of /proc/PID/status, what the process holds of its own; pages of mapped files,
+which the kernel may drop at any time, are not in it. It is read a hundred times a second. Corpus,
+cache and model are written to a temporary folder (`--folder` says where; it needs twice to thrice
+the corpus's size) and deleted at the end.
 """
 
 import argparse
 import os
-import platform
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self, get_args
+from typing import get_args
 
 import numpy as np
+import torch
+from machine import describe
 
-from training.corpus import CorpusOptions, EncodedCorpus, prepare_corpus
-from training.corpus.options import Documents, TokenizerChoice
+from training.corpus.options import TokenizerChoice
 
 BLOCK = 1 << 22
 
 
-class PeakMemory:
-    """Watches RssAnon, in bytes, while the block runs."""
+class MemoryWatch:
+    """Watches the RssAnon of a process, in bytes, and gives the peak since it was last asked."""
 
-    def __init__(self) -> None:
-        self.before = self.peak = rss_anon()
+    def __init__(self, process: int) -> None:
+        self._status = Path(f"/proc/{process}/status")
+        self._peak = 0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._watch)
         self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        type_: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def take_peak(self) -> int:
+        """The peak since the last call."""
+        peak, self._peak = self._peak, 0
+        return peak
+
+    def stop(self) -> None:
+        """Look no more; the process must not have been waited for yet."""
         self._done.set()
         self._thread.join()
 
     def _watch(self) -> None:
         while not self._done.wait(0.01):
-            self.peak = max(self.peak, rss_anon())
-
-
-def rss_anon() -> int:
-    """Anonymous resident memory of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("/proc/self/status has no RssAnon: this benchmark needs Linux.")
+            for line in self._status.read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    self._peak = max(self._peak, int(line.split()[1]) * 1024)
 
 
 def write_text(path: Path, size: int, *, mixed: bool) -> None:
@@ -87,50 +82,57 @@ def write_text(path: Path, size: int, *, mixed: bool) -> None:
             size -= len(block)
 
 
-def touch(corpus: EncodedCorpus) -> int:
-    """Read every token as training would, and return a sum of them."""
-    total = 0
-    for split in (corpus.train, corpus.validation):
-        for first in range(0, len(split.tokens), BLOCK):
-            total += int(split.tokens[first : first + BLOCK].sum(dtype=np.int64))
-    return total
-
-
 def main() -> None:
-    """Generate, encode, read back, print."""
-    parser = argparse.ArgumentParser(description="Speed and memory of corpus encoding.")
+    """Generate, train, print."""
+    parser = argparse.ArgumentParser(description="Speed and memory of a large corpus.")
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--documents", choices=["none", "files", "lines"], default="none")
     parser.add_argument("--tokenizer", choices=get_args(TokenizerChoice), default="characters")
     parser.add_argument("--text", choices=["ascii", "mixed"], default="ascii")
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder")
+    parser.add_argument("--output", type=Path, help="also append the table to this file")
     chosen = parser.parse_args()
-    documents: Documents = chosen.documents
-    tokenizer: TokenizerChoice = chosen.tokenizer
     with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         text = Path(name, "text.txt")
         write_text(text, int(chosen.gigabytes * 1e9), mixed=chosen.text == "mixed")
         size = text.stat().st_size
-        options = CorpusOptions(documents=documents, tokenizer=tokenizer)
-        with PeakMemory() as memory:
-            start, worked = time.perf_counter(), time.process_time()
-            corpus = prepare_corpus([str(text)], options, cache=Path(name, "cache"))
-            seconds, worked = time.perf_counter() - start, time.process_time() - worked
-            start = time.perf_counter()
-            prepare_corpus([str(text)], options, cache=Path(name, "cache"))
-            again = time.perf_counter() - start
-            touch(corpus)
-        tokens = len(corpus.train.tokens) + len(corpus.validation.tokens)
-        boundaries = corpus.train.boundaries
-        print(f"machine      {platform.machine()}, {os.cpu_count()} cores, NumPy {np.__version__}")
-        print(f"text         {size / 1e9:.3f} GB {chosen.text}, --documents {documents}")
-        print(f"tokens       {tokens:,} {corpus.train.tokens.dtype}, {tokenizer}")
-        if boundaries is not None:
-            print(f"documents    {len(boundaries) - 1:,} to train on")
-        print(f"encoded in   {seconds:.1f} s = {size / 1e6 / seconds:.1f} MB/s, both passes")
-        print(f"processor    {worked:.1f} s = {size / 1e6 / worked:.1f} MB/s")
-        print(f"once more    {again:.1f} s")
-        print(f"RssAnon      {memory.before / 1e6:.0f} MB before, {memory.peak / 1e6:.0f} MB peak")
+        command = [sys.executable, "-m", "charloom", "--models", f"{name}/models", "train"]
+        command += [str(text), "--name", "large", "--steps", str(chosen.steps)]
+        command += ["--documents", chosen.documents, "--tokenizer", chosen.tokenizer]
+        environment = {**os.environ, "CHARLOOM_CACHE": f"{name}/cache"}
+        start = time.perf_counter()
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            watch = MemoryWatch(process.pid)
+            assert process.stderr is not None
+            for line in process.stderr:
+                sys.stderr.write(line)
+                if line.startswith("corpus "):
+                    encoded, encoding = time.perf_counter() - start, watch.take_peak()
+            training = watch.take_peak()
+            watch.stop()
+        if process.returncode != 0:
+            raise SystemExit(process.returncode)
+    lines = [
+        f"# A corpus of {size / 1e9:.2f} GB, {time.strftime('%Y-%m-%d')}",
+        "",
+        describe(torch=torch.__version__, numpy=np.__version__),
+        "",
+        "| text | --documents | --tokenizer | until the plan is shown | RssAnon encoding "
+        "| RssAnon training |",
+        "|---|---|---|---|---|---|",
+        f"| {size / 1e9:.2f} GB {chosen.text} | {chosen.documents} | {chosen.tokenizer} "
+        f"| {encoded:.0f} s, {size / 1e6 / encoded:.0f} MB/s | {encoding / 1e6:.0f} MB "
+        f"| {training / 1e6:.0f} MB |",
+        "",
+    ]
+    table = "\n".join(lines)
+    sys.stdout.write(table)
+    if chosen.output is not None:
+        with chosen.output.open("a", encoding="utf-8") as out:
+            out.write(table + "\n")
 
 
 if __name__ == "__main__":

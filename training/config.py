@@ -64,7 +64,7 @@ class TrainingOptions:
         metadata=option("Use the embedding as the output layer's weights.", choices=(False, True)),
     )
     dropout: float = field(
-        default=0.2,
+        default=0.1,
         metadata=option(
             "Share of each layer's outputs dropped, one mask per lane and sequence.",
             least=0.0,

@@ -7,6 +7,7 @@ a resumed run follows the plan that was saved.
 """
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -105,7 +106,7 @@ def choose_device(name: str) -> torch.device:
     Raises `OptionError` for a device that torch does not know or this machine does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -115,6 +116,8 @@ def choose_device(name: str) -> torch.device:
         case "cpu":
             is_present = True
         case "cuda":
+            # Read when CUDA starts; without it cuBLAS may sum in another order at the next run.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             index = 0 if device.index is None else device.index
             is_present = index < torch.cuda.device_count()
         case "mps":
