@@ -105,7 +105,7 @@ def test_windows_carry_on_where_the_last_one_ended() -> None:
 
     assert first.inputs.T.tolist() == [[10, 11, 12], [50, 51, 52]]
     assert first.targets.T.tolist() == [[11, 12, 13], [51, 52, 53]]
-    assert second.targets.T.tolist() == [[14, 15], [IGNORED, IGNORED]]
+    assert second.targets.T.tolist() == [[14, 15, IGNORED], [IGNORED] * 3]
     assert (first.fresh, second.fresh) == (True, False)
     assert (first.tokens, second.tokens) == (6, 2)
 
@@ -124,21 +124,32 @@ def test_any_batch_can_be_reached_directly(split: Split, step: int) -> None:
     assert (direct.fresh, direct.tokens) == (walked.fresh, walked.tokens)
 
 
-@pytest.mark.parametrize("split", [plain(4097), documents([3, 40, 7, 90, 11] * 60)])
+@pytest.mark.parametrize("split", [plain(4097), documents([3, 40, 7, 90, 11] * 64)])
 def test_an_epoch_reads_every_token_once(split: Split) -> None:
-    """As long as whole pools make up the epoch, nothing is read twice before all is read once."""
+    """Where the pieces fill whole pools, two epochs read every token exactly twice."""
     batches = Batches(split, batch_size=2, sequence_length=8, seed=3)
     seen: list[int] = []
     for batch in batches.since(0):
         seen += scored(batch).tolist()
-        if len(seen) >= 2 * len(split.tokens):
+        if len(seen) >= 2 * (len(split.tokens) - 1):
             break
 
-    counts = np.bincount(seen, minlength=len(split.tokens))
-    places = (
-        np.flatnonzero(split.tokens)[1:] if split.boundaries is not None else np.arange(1, 4097)
-    )
-    assert counts[split.tokens[places]].min() >= 1
+    assert np.bincount(seen).tolist() == (2 * np.bincount(split.tokens[1:])).tolist()
+
+
+def test_a_window_has_a_length_that_is_often_met() -> None:
+    """The last window is rounded up to eight steps, and never one of padding alone is added."""
+    tokens = np.arange(200, dtype=np.uint8)
+
+    sizes = [
+        [
+            len(batch.inputs)
+            for batch in windows(tokens, np.array([0]), np.array([length]), sequence_length=20)
+        ]
+        for length in (1, 8, 9, 20, 21, 37)
+    ]
+
+    assert sizes == [[8], [8], [16], [20], [20, 8], [20, 20]]
 
 
 def test_seeds_read_in_different_orders() -> None:
@@ -163,14 +174,14 @@ def test_tiny_texts_fill_every_lane(count: int) -> None:
 
 
 def test_lines_of_mixed_length_waste_little() -> None:
-    """Sorting a pool by length keeps padding under 3 % on lines of 20 to 200 characters."""
+    """Sorting a pool by length keeps padding under 6 % on lines of 20 to 200 characters."""
     lengths = np.random.default_rng(5).integers(20, 200, size=4000).tolist()
     batches = Batches(documents(lengths), batch_size=16, sequence_length=64, seed=1)
 
     read = list(islice(batches.since(0), 1500))
 
     places = sum(batch.targets.size for batch in read)
-    assert sum(batch.tokens for batch in read) / places > 0.97
+    assert sum(batch.tokens for batch in read) / places > 0.94
 
 
 def test_the_hidden_state_starts_afresh_where_pieces_start() -> None:

@@ -8,13 +8,12 @@ import pytest
 
 SCRIPT = """
 import resource, sys
-import numpy as np
 from training.memory import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
 for turn in range(20):
     if turn == 10:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.ones(5_000_000)
+    b"x" * 40_000_000
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

@@ -96,7 +96,7 @@ def test_all_problems_are_reported_at_once() -> None:
     text = str(caught.value)
     for part in (
         "--layers is 0; give a whole number of at least 1 and at most 32.",
-        "--dropout is 1.0; give a number of at least 0.0 and below 1.0.",
+        "--dropout is 1.0; give a number of at least 0.0 and at most 0.99.",
         "--learning-rate is nan",
         "--cell is 'transformer'; choose one of lstm, gru, rnn.",
         "--minutes and --steps are both given; give one budget.",

@@ -181,7 +181,7 @@ def test_the_size_that_an_error_advises_works(model: PieceModel, data: st.DataOb
         tokenizer = train(text, model, size)
     except OptionError as error:
         [problem] = error.problems
-        assert problem.startswith(f"vocabulary_size is {size}, but ")
+        assert problem.startswith(f"--vocab-size is {size}, but ")
         advice = re.search(r"(\d+)(?:; give at least that,|, or more text)", problem)
         assert advice is not None
         tokenizer = train(text, model, int(advice[1]))
@@ -204,7 +204,7 @@ def test_a_size_out_of_range_is_refused_before_the_text_is_read(size: int) -> No
         )
     assert caught.value.problems == (
         "model_type is 'words'; choose one of unigram, bpe, char.",
-        f"vocabulary_size is {size!r}; give a whole number of at most 65,536.",
+        f"--vocab-size is {size!r}; give a whole number of at most 65,536.",
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,8 +109,8 @@ def test_evaluation_flags_characters_never_seen(charloom: Run, text: Path, tmp_p
 
     result = charloom("evaluate", "bottles", other, "--json", "--threads", 1)
 
-    assert json.loads(result.stdout)["windows"]["unknown"] == 2
-    assert "2 characters are not in the model's vocabulary" in result.stderr
+    assert json.loads(result.stdout)["windows"]["unknown"] == 3
+    assert "3 characters are not in the model's vocabulary" in result.stderr
 
 
 @pytest.mark.slow
@@ -149,6 +150,17 @@ def test_a_killed_run_resumes_to_the_same_bits(text: Path, tmp_path: Path) -> No
         (one,), (other,) = (whole / "m").glob(pattern), (parts / "m").glob(pattern)
         assert one.name == other.name
         assert one.read_bytes() == other.read_bytes()
+    assert told(parts / "m") == told(whole / "m")
+
+
+def told(folder: Path) -> tuple[object, ...]:
+    """What a run tells of itself, clock times left out."""
+    history = [
+        {name: value for name, value in line.items() if name != "seconds"}
+        for line in checkpoints.read_history(folder)
+    ]
+    progress = checkpoints.load_trainer(folder).values["progress"]
+    return history, {**progress, "seconds": None}, (folder / "loss.png").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -166,9 +178,32 @@ def test_a_signal_saves_and_says_how_to_go_on(
     _, errors = process.communicate()
 
     assert process.returncode == 128 + number
-    assert "Go on with: charloom train --resume --name m" in errors
+    assert f"Go on with: charloom --models {models} train --resume --name m" in errors
     assert checkpoints.verify(models / "m") == []
     assert not checkpoints.load(models / "m").summary["finished"]
+
+
+def test_a_run_of_another_version_is_not_resumed(charloom: Run, models: Path) -> None:
+    """A trainer folder that does not tell what this version needs is refused with a sentence."""
+    golden = Path(__file__).parent / "golden" / "format-1"
+    shutil.copytree(golden, models / "old")
+
+    result = charloom("train", "--resume", "--name", "old")
+
+    assert result.exit_code == 2
+    assert "old cannot be resumed here" in result.stderr
+
+
+def test_a_text_of_one_character_has_no_score(charloom: Run, text: Path, tmp_path: Path) -> None:
+    """Nothing precedes it, so there is no figure, and the sentence says so."""
+    charloom("train", text, "--name", "m", "--steps", 3, *SMALL)
+    single = tmp_path / "single.txt"
+    single.write_text("1", encoding="utf-8")
+
+    result = charloom("evaluate", "m", single)
+
+    assert result.exit_code == 2
+    assert "a first token has no score" in result.stderr
 
 
 def test_a_finished_run_is_not_resumed(charloom: Run, text: Path) -> None:
@@ -265,7 +300,6 @@ def test_a_name_in_training_is_refused(text: Path, models: Path) -> None:
         )
 
     assert done.returncode == 2
-    assert "m" in done.stderr
     assert "is being written by" in done.stderr
 
 
@@ -302,11 +336,11 @@ def test_a_corpus_and_a_name_are_needed(charloom: Run) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "is empty|holds no text"),
+        (b"", "give a corpus that is not empty"),
         (b"a" * 500, "one distinct character"),
-        (b"abc", "too short"),
-        (b"caf\xe9 " * 100, "byte|offset"),
-        (bytes(range(256)) * 50, "binary|byte"),
+        (b"abc", "too short: it has 3 characters"),
+        (b"caf\xe9 " * 100, "0xE9 at offset 3"),
+        (b"\0\1\2" * 500, "binary"),
     ],
 )
 def test_a_corpus_that_cannot_be_learnt_is_refused(
@@ -319,7 +353,7 @@ def test_a_corpus_that_cannot_be_learnt_is_refused(
     result = charloom("train", file, "--name", "m", "--steps", 1)
 
     assert result.exit_code == 2
-    assert any(part in result.stderr for part in sentence.split("|"))
+    assert sentence in result.stderr
     assert not (models / "m").exists()
 
 
@@ -386,9 +420,9 @@ HOSTILE = (
     [
         ("characters",),
         ("bytes",),
-        ("unigram", "--vocab-size", "400"),
-        ("bpe", "--vocab-size", "400"),
-        ("char", "--vocab-size", "400"),
+        ("unigram", "--vocab-size", "320"),
+        ("bpe", "--vocab-size", "320"),
+        ("char", "--vocab-size", "320"),
     ],
 )
 def test_every_script_survives_training_and_sampling(

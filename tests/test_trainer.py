@@ -63,7 +63,7 @@ def run(
 ) -> Outcome:
     """Train to the end, or until a number of steps was taken in this process."""
     console = Console(io.StringIO())
-    steps = itertools.count(1)
+    steps = itertools.count()
     with ModelWriter(folder, mode=mode) as writer:
         trainer = Trainer(
             plan,
@@ -76,7 +76,10 @@ def run(
         if mode == "resume":
             saved = saved_run(folder, {}, (), report=console.note)
             trainer.restore(saved.checkpoint, saved.state)
-        return trainer.run()
+        outcome = trainer.run()
+        if outcome is not Outcome.INTERRUPTED:
+            trainer.finish()
+        return outcome
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -200,6 +203,71 @@ def test_both_protocols_are_reported(tmp_path: Path, corpus: EncodedCorpus) -> N
         assert figures["tokens"] == len(corpus.validation.tokens) - 1
 
 
+def test_before_the_first_evaluation_the_average_is_the_model(
+    tmp_path: Path, corpus: EncodedCorpus
+) -> None:
+    """A run stopped early has learnt something, and that is what samples come from."""
+    run(tmp_path / "model", plan_for(corpus, steps=4000), corpus, stop_after=9)
+
+    checkpoint = checkpoints.load(tmp_path / "model")
+    state = checkpoints.load_trainer(tmp_path / "model")
+    fresh = Network(checkpoint.architecture, seed=1).state_dict()
+    for name, array in checkpoint.tensors.items():
+        assert np.array_equal(array, state.arrays[f"average.{name}"])
+        assert not np.array_equal(array, fresh[name].numpy())
+
+
+def test_a_diverging_run_keeps_what_it_had_learnt(tmp_path: Path, corpus: EncodedCorpus) -> None:
+    """The best weights evaluated before the explosion are the model, and the error says so."""
+    plan = plan_for(corpus, steps=160)
+    console = Console(io.StringIO())
+    with ModelWriter(tmp_path / "model", mode="new") as writer:
+        trainer = Trainer(
+            plan, corpus, writer, console=console, interrupted=explode_after(40, lambda: trainer)
+        )
+        with pytest.raises(DivergenceError, match="The model as of step 40 is kept in"):
+            trainer.run()
+
+    checkpoint = checkpoints.load(tmp_path / "model")
+    assert checkpoint.summary["best"]["step"] == 40
+    assert checkpoint.summary["validation"]["windows"]["nats_per_character"] > 0
+
+
+def explode_after(steps: int, trainer: Callable[[], Trainer]) -> Callable[[], bool]:
+    """An answer to "interrupted?" that ruins the weights once so many steps were taken."""
+    calls = itertools.count()
+
+    def look() -> bool:
+        if next(calls) == steps:
+            with torch.no_grad():
+                trainer().learner.network.output.bias.fill_(torch.nan)
+        return False
+
+    return look
+
+
+def test_a_model_to_be_overwritten_stays_until_there_is_a_better_one(
+    tmp_path: Path, corpus: EncodedCorpus
+) -> None:
+    """A run that explodes before its first evaluation leaves the model it was to replace."""
+    run(tmp_path / "model", plan_for(corpus), corpus)
+    before = checkpoints.load(tmp_path / "model").fingerprint
+    plan = plan_for(corpus, steps=4000)
+    with ModelWriter(tmp_path / "model", mode="overwrite") as writer:
+        trainer = Trainer(
+            plan,
+            corpus,
+            writer,
+            console=Console(io.StringIO()),
+            elapsed=lambda: 0.0,
+            interrupted=explode_after(5, lambda: trainer),
+        )
+        with pytest.raises(DivergenceError, match="to be replaced is still in"):
+            trainer.run()
+
+    assert checkpoints.load(tmp_path / "model").fingerprint == before
+
+
 def test_without_progress_training_stops_early(tmp_path: Path, corpus: EncodedCorpus) -> None:
     """At a rate too small to change a weight the second evaluation is no better."""
     plan = plan_for(corpus, steps=64, learning_rate=1e-30, patience=1)
@@ -282,10 +350,9 @@ def test_a_plan_survives_json(corpus: EncodedCorpus) -> None:
 
 
 def test_a_plan_is_saved_before_the_first_step(tmp_path: Path, corpus: EncodedCorpus) -> None:
-    """A run that diverges at once has left its plan, and a state to go on from."""
-    plan = plan_for(corpus, learning_rate=10.0, clip_norm=1e6, steps=400)
-    with pytest.raises(DivergenceError):
-        run(tmp_path / "model", plan, corpus)
+    """A run that took no step has left its plan, and a state to go on from."""
+    plan = plan_for(corpus)
+    run(tmp_path / "model", plan, corpus, stop_after=0)
 
     state = checkpoints.load_trainer(tmp_path / "model")
     assert Plan.from_json(state.values["plan"]) == plan

@@ -22,7 +22,7 @@ import torch
 from charloom import checkpoint as checkpoints
 from charloom.checkpoint import ModelWriter, WriteMode, check_name, find_model
 from charloom.cli.context import Context
-from charloom.cli.options import given, options_of
+from charloom.cli.options import flag, given, options_of
 from charloom.errors import ModelNameError, OptionError
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, encode_text, prepare_corpus
@@ -38,6 +38,7 @@ from training.trainer import Outcome, Trainer
 
 Made = TypeVar("Made")
 
+_FIELDS = (*fields(TrainingOptions), *fields(CorpusOptions))
 _TRAINING = tuple(item.name for item in fields(TrainingOptions))
 _CORPUS = tuple(item.name for item in fields(CorpusOptions))
 
@@ -75,8 +76,8 @@ def train(
     began = time.monotonic() - time.process_time()  # imports belong to the command's time too
     keep_freed_memory()
     console = Console(sys.stderr)
-    choices = _choices(ctx, config_file)
     problems = _name_problems(name)
+    choices = _choices(ctx, config_file, problems)
     if overwrite and resume:
         problems.append("--overwrite and --resume are both given; keep one of them.")
     if not corpus and not resume:
@@ -90,6 +91,9 @@ def train(
         raise OptionError(problems)
     context: Context = ctx.obj
     folder = context.models / name
+    # What the user has to say to mean this model again.
+    is_usual = ctx.parent is None or not given(ctx.parent, ["models"])
+    model = name if is_usual else str(folder)
 
     def elapsed() -> float:
         return time.monotonic() - began
@@ -98,13 +102,17 @@ def train(
     mode: WriteMode = "resume" if resume else "overwrite" if overwrite else "new"
     with ModelWriter(folder, mode=mode) as writer:
         if resume:
-            run = saved_run(folder, choices, corpus, report=console.note)
+            run = saved_run(
+                folder, choices, corpus, report=console.note, progress_bar=console.reading
+            )
             trainer = Trainer(
                 run.plan, run.corpus, writer, console=console, elapsed=elapsed, interrupted=stop
             )
             trainer.restore(run.checkpoint, run.state)
         else:
-            encoded = prepare_corpus(corpus, corpus_options, report=console.note)
+            encoded = prepare_corpus(
+                corpus, corpus_options, report=console.note, progress=console.reading
+            )
             plan = make_plan(training_options, encoded, elapsed=elapsed)
             console.note(plan_text(plan, encoded))
             trainer = Trainer(
@@ -112,8 +120,11 @@ def train(
             )
         with stop.listening():
             outcome = trainer.run()
-            leave_companions(writer, name, trainer)
-    console.note(end_text(outcome, name, trainer.summary(), elapsed()))
+            is_over = outcome is not Outcome.INTERRUPTED
+            leave_companions(writer, trainer, model=model, is_over=is_over)
+            if is_over:
+                trainer.finish()
+    console.note(end_text(outcome, model, trainer.summary(), elapsed()))
     click.echo(str(folder))
     if stop.signal is not None and outcome is Outcome.INTERRUPTED:
         ctx.exit(128 + stop.signal)
@@ -151,30 +162,35 @@ class StopRequest:
             restore()
 
 
-def _choices(ctx: click.Context, config_file: Path | None) -> dict[str, Any]:
+def _choices(ctx: click.Context, config_file: Path | None, problems: list[str]) -> dict[str, Any]:
     """Options given in the file and on the command line, the latter winning."""
     chosen: dict[str, Any] = {}
     if config_file is not None:
-        try:
-            chosen = tomllib.loads(config_file.read_text("utf-8"))
-        except OSError as error:
-            message = f"--config {config_file} cannot be read: {error.strerror}; name a TOML file."
-            raise OptionError([message]) from error
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            message = f"--config {config_file} is not TOML: {error}; correct it."
-            raise OptionError([message]) from error
-        flags = {"vocab_size": "vocabulary_size"}
-        chosen = {flags.get(key, key): value for key, value in chosen.items()}
-        unknown = sorted(set(chosen) - set(_TRAINING) - set(_CORPUS))
-        if unknown:
-            raise OptionError(
-                [f"--config {config_file} sets {key!r}, which is no option." for key in unknown]
-            )
+        chosen = _attempt(problems, _read_options, config_file) or {}
     on_line = given(ctx, (*_TRAINING, *_CORPUS))
     budgets = {"minutes", "epochs", "steps"}
     if budgets & set(on_line):
         chosen = {key: value for key, value in chosen.items() if key not in budgets}
     return chosen | dict(on_line)
+
+
+def _read_options(file: Path) -> dict[str, Any]:
+    """The options that a TOML file sets; raises `OptionError` for what is not TOML or no option."""
+    try:
+        chosen = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        message = f"--config {file} cannot be read: {error.strerror}; name a TOML file."
+        raise OptionError([message]) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise OptionError([f"--config {file} is not TOML: {error}; correct it."]) from error
+    names = {flag(item)[2:].replace("-", "_"): item.name for item in _FIELDS}
+    problems = [
+        f"--config {file} sets {key!r}, which is no option of training; see charloom train --help."
+        for key in sorted(set(chosen) - set(names))
+    ]
+    if problems:
+        raise OptionError(problems)
+    return {names[key]: value for key, value in chosen.items()}
 
 
 def _attempt(
@@ -258,16 +274,13 @@ def evaluate(
         field=options.field,
         encoding=options.encoding,
         report=console.note,
+        progress=console.reading,
     )
     network = Network.from_arrays(loaded.architecture, loaded.tensors).to(where)
     losses = {
         protocol: measure(network, split, loaded.tokenizer, protocol=protocol)
         for protocol in PROTOCOLS
     }
-    if as_json:
-        click.echo(json.dumps({name: loss.to_json() for name, loss in losses.items()}))
-        return
-    click.echo(loss_table(losses))
     unknown = losses["stateful"].unknown
     if unknown:
         click.echo(
@@ -275,3 +288,7 @@ def evaluate(
             "character costs.",
             err=True,
         )
+    if as_json:
+        click.echo(json.dumps({name: loss.to_json() for name, loss in losses.items()}))
+    else:
+        click.echo(loss_table(losses))

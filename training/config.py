@@ -68,12 +68,12 @@ class TrainingOptions:
         metadata=option(
             "Share of each layer's outputs dropped, one mask per lane and sequence.",
             least=0.0,
-            below=1.0,
+            most=0.99,
         ),
     )
     weight_drop: float = field(
         default=0.0,
-        metadata=option("Share of the recurrent weights dropped per step.", least=0.0, below=1.0),
+        metadata=option("Share of the recurrent weights dropped per step.", least=0.0, most=0.99),
     )
     batch_size: int = field(
         default=16, metadata=option("Lanes of text read side by side.", least=1, most=65536)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from charloom.errors import CorpusError
 from charloom.tokenizer import Tokenizer
 from training.batches import IGNORED, Pieces, windows
 from training.corpus import Split
@@ -90,7 +91,7 @@ def evaluate(
     limit: int | None = None,
     precision: Arithmetic = "float32",
 ) -> Loss:
-    """The loss of `network` on a split of at least two tokens.
+    """The loss of `network` on a split; raises `CorpusError` when that has nothing to score.
 
     With a `limit` on tokens, *windows* takes pieces evenly spread over the split and *stateful*
     (or a text whose pieces are longer) the beginning.
@@ -103,6 +104,10 @@ def evaluate(
         if limit is not None and split.boundaries is None:
             longest = min(longest, limit)
     pieces = Pieces(split, longest=longest)
+    if pieces.count == 0:
+        raise CorpusError(
+            "The text is one token long, and a first token has no score; give a longer text."
+        )
     count = pieces.count
     if limit is not None:
         share = limit / max(len(split.tokens) - 1, 1)

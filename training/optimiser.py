@@ -13,7 +13,7 @@ BETAS = (0.9, 0.99)
 
 
 def learning_rate(
-    step: int, *, peak: float, planned: int, shortened: tuple[int, int] | None
+    step: float, *, peak: float, planned: int, shortened: tuple[int, int] | None
 ) -> float:
     """Learning rate of update `step`, counted from 0, in a plan of `planned` updates.
 
@@ -21,7 +21,7 @@ def learning_rate(
     Hutter, 2017). `shortened` is (at, steps): from update `at` on the plan ends after `steps`
     updates, and the same curve is walked faster from there, without a jump.
     """
-    place = float(step)
+    place = step
     if shortened is not None and step > shortened[0]:
         at, steps = shortened
         place = at + (step - at) * (planned - at) / max(steps - at, 1)

@@ -43,6 +43,7 @@ BUDGET_SHARE = 0.9
 _CALIBRATION_SECONDS = 3.0
 _GLANCE_SECONDS = 0.3  # where steps are given, only the expected time rests on it
 _CALIBRATION_SHARE = 0.02
+_COPIES = 8  # weights, gradient, two moments, average, best, and two on their way to the disk
 _WARMUP_STEPS = 2  # the first steps build kernels
 _FORWARD_SHARE = 0.4  # a forward pass costs a third of a step, a little more without large batches
 _STATEFUL_SLOWDOWN = 2.5  # one lane against many: 1.9 to 2.0 measured, fp32, 2x256 and 2x512
@@ -157,6 +158,8 @@ def make_plan(
         residual=options.residual,
         tied=options.tied,
     )
+    if device.type == "cpu" and _COPIES * 4 * architecture.parameters > _physical_memory():
+        raise too_large(architecture)
     batches = Batches(
         corpus.train,
         batch_size=options.batch_size,
@@ -222,6 +225,21 @@ def make_plan(
     )
 
 
+def too_large(architecture: Architecture) -> OptionError:
+    """The error about a network that does not fit the memory."""
+    return OptionError(
+        [
+            f"--hidden {architecture.hidden} with --layers {architecture.layers} makes "
+            f"{architecture.parameters:,} parameters, which with this --batch-size and "
+            "--sequence-length do not fit the memory; make one of them smaller."
+        ]
+    )
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def calibrate(
     options: TrainingOptions,
     architecture: Architecture,
@@ -245,6 +263,8 @@ def calibrate(
         try:
             times[precision] = _step_seconds(learner, batches, seconds / len(candidates))
         except RuntimeError as error:
+            if "memory" in str(error):
+                raise too_large(architecture) from error
             if precision == "float32":
                 raise
             refusal = error

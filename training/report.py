@@ -1,6 +1,7 @@
 """A run in words: the plan before it, its end, figures of a text, and the model card."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from charloom.architecture import Architecture
@@ -41,12 +42,12 @@ def plan_text(plan: Plan, corpus: EncodedCorpus) -> str:
     return "\n".join(f"{label:<12}{text}" for label, text in rows.items())
 
 
-def end_text(outcome: Outcome, name: str, summary: Mapping[str, Any], seconds: float) -> str:
+def end_text(outcome: Outcome, model: str, summary: Mapping[str, Any], seconds: float) -> str:
     """How a run ended, how good the model is and what to do next."""
     if outcome is Outcome.INTERRUPTED:
         return (
             f"Stopped and saved after step {summary['step']:,} of {summary['steps']:,}. "
-            f"Go on with: charloom train --resume --name {name}"
+            f"Go on with: {_resume_command(model)}"
         )
     lines = [_ENDS[outcome]] if outcome in _ENDS else []
     lines += [
@@ -55,7 +56,7 @@ def end_text(outcome: Outcome, name: str, summary: Mapping[str, Any], seconds: f
         f"({loss['characters']:,} held-out characters, {_PROTOCOLS[protocol]})"
         for protocol, loss in summary["validation"].items()
     ]
-    lines.append(f"Done in {duration(seconds)}. Try: charloom sample {name}")
+    lines.append(f"Done in {duration(seconds)}. Try: charloom sample {model}")
     return "\n".join(lines)
 
 
@@ -77,16 +78,24 @@ def loss_table(losses: Mapping[Protocol, Loss]) -> str:
     )
 
 
-def leave_companions(writer: ModelWriter, name: str, trainer: Trainer) -> None:
+def leave_companions(writer: ModelWriter, trainer: Trainer, *, model: str, is_over: bool) -> None:
     """Write what people look at into the model's folder: the curves and the model card."""
     history = read_history(writer.path)
-    writer.write_bytes("loss.png", draw_curves(history, title=name))
-    card = model_card(name, trainer.architecture, trainer.summary(), sample=trainer.sample(300))
+    writer.write_bytes("loss.png", draw_curves(history, title=writer.path.name))
+    summary = {**trainer.summary(), "finished": is_over}
+    card = model_card(model, trainer.architecture, summary, sample=trainer.sample(300))
     writer.write_text("README.md", card)
 
 
+def _resume_command(model: str) -> str:
+    """What resumes a model that is meant by its name, or by its folder where that is elsewhere."""
+    folder = Path(model)
+    where = "" if folder.name == model else f"--models {folder.parent} "
+    return f"charloom {where}train --resume --name {folder.name}"
+
+
 def model_card(
-    name: str, architecture: Architecture, summary: Mapping[str, Any], *, sample: str
+    model: str, architecture: Architecture, summary: Mapping[str, Any], *, sample: str
 ) -> str:
     """Markdown: what the model is, what it was trained on, how good it is, how to use it."""
     corpus, options = summary["corpus"], summary["options"]
@@ -99,7 +108,7 @@ def model_card(
         f"{summary['precision']}, seed {options['seed']}",
     ]
     if not summary["finished"]:
-        facts.append(f"- unfinished: `charloom train --resume --name {name}` goes on")
+        facts.append(f"- unfinished: `{_resume_command(model)}` goes on")
     rows = [
         f"| {_PROTOCOLS[protocol]} | {loss['nats_per_character']:.4f} | "
         f"{loss['bits_per_character']:.4f} | {loss['bits_per_byte']:.4f} | "
@@ -115,12 +124,16 @@ def model_card(
             *rows,
         ]
         if rows
-        else ["No text was held out, so nothing is known of its quality."]
+        else [
+            "Not measured yet: the run was stopped before its first evaluation."
+            if corpus["validation"]["tokens"]
+            else "No text was held out, so nothing is known of its quality."
+        ]
     )
     fence = "`" * max(3, _longest_run(sample) + 1)
     return "\n".join(
         [
-            f"# {name}",
+            f"# {Path(model).name}",
             "",
             "A character-level language model trained with Charloom.",
             "",
@@ -143,7 +156,7 @@ def model_card(
             "## Use",
             "",
             "```sh",
-            f'charloom sample {name} "Once" --temperature 0.8',
+            f'charloom sample {model} "Once" --temperature 0.8',
             "```",
             "",
             "The model writes what its corpus makes likely: it knows nothing, and where the corpus",

@@ -7,9 +7,10 @@ from typing import Any
 
 from charloom import checkpoint as checkpoints
 from charloom.checkpoint import Checkpoint, TrainerState
-from charloom.errors import ResumeError
+from charloom.errors import OptionError, ResumeError
 from training.corpus import CorpusOptions, EncodedCorpus, open_corpus, prepare_corpus
-from training.plan import Plan, current_platform
+from training.plan import Plan, choose_device, current_platform
+from training.trainer import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ def saved_run(
     sources: Sequence[str],
     *,
     report: Callable[[str], None],
+    progress_bar: Callable[[int, int | None], None] | None = None,
 ) -> SavedRun:
     """The run saved in `folder`; `choices` and `sources` are what was given again, if anything.
 
@@ -36,14 +38,23 @@ def saved_run(
     """
     checkpoint = checkpoints.load(folder)
     state = checkpoints.load_trainer(folder)
-    plan = Plan.from_json(state.values["plan"])
-    progress = state.values["progress"]
-    if progress["finished"]:
+    try:
+        plan = Plan.from_json(state.values["plan"])
+        progress = Progress.from_json(state.values["progress"])
+        corpus_options = CorpusOptions(**state.values["corpus"]["options"])
+        own_sources = [str(source) for source in state.values["corpus"]["sources"]]
+        choose_device(plan.device)
+    except (KeyError, TypeError, OptionError) as error:
         raise ResumeError(
-            f"{folder.name} has finished after {progress['step']:,} steps, so there is nothing to "
+            f"{folder.name} cannot be resumed here: what its trainer folder tells is of another "
+            f"version or another machine ({error}). Train again with --overwrite."
+        ) from error
+    if progress.finished:
+        raise ResumeError(
+            f"{folder.name} has finished after {progress.step:,} steps, so there is nothing to "
             "resume; train under another name, or again with --overwrite."
         )
-    recorded = {**asdict(plan.options), **checkpoint.summary["corpus"]["options"]}
+    recorded = {**asdict(plan.options), **asdict(corpus_options)}
     differing = [
         f"--{name.replace('_', '-')} {value} (the run has {recorded[name]})"
         for name, value in choices.items()
@@ -54,31 +65,45 @@ def saved_run(
             f"{folder.name} goes on by its own plan, which differs from {', '.join(differing)}; "
             "leave these options out, or train under another name."
         )
-    corpus = _find_corpus(checkpoint, plan, sources, report)
+    corpus = _find_corpus(
+        folder.name, plan.corpus, corpus_options, sources, own_sources, report, progress_bar
+    )
     if plan.platform != current_platform():
         report(
             "This processor or torch differs from the one the run began on: it goes on, but not "
             "bit for bit as it would have there."
         )
-    report(f"Resuming {folder.name} after step {progress['step']:,} of {plan.steps:,}.")
+    report(f"Resuming {folder.name} after step {progress.step:,} of {plan.steps:,}.")
     return SavedRun(plan, corpus, checkpoint, state)
 
 
 def _find_corpus(
-    checkpoint: Checkpoint, plan: Plan, sources: Sequence[str], report: Callable[[str], None]
+    name: str,
+    fingerprint: str,
+    options: CorpusOptions,
+    sources: Sequence[str],
+    own_sources: Sequence[str],
+    report: Callable[[str], None],
+    progress_bar: Callable[[int, int | None], None] | None,
 ) -> EncodedCorpus:
-    """The corpus of the run: from the sources given, else the cache, else the sources it names."""
-    told = checkpoint.summary["corpus"]
+    """The corpus of the run: from the sources given, else the cache, else the files it names."""
     if not sources:
-        cached = open_corpus(plan.corpus)
+        cached = open_corpus(fingerprint)
         if cached is not None:
             return cached
-        sources = told["sources"]
+        # What came from a pipe or an address, perhaps with a password, is not fetched unasked.
+        if any(source == "-" or "://" in source for source in own_sources):
+            raise ResumeError(
+                f"The encoded corpus of {name} is no longer in the cache, and it came from "
+                f"{', '.join(own_sources)}; give the corpus again: charloom train CORPUS --resume "
+                f"--name {name}"
+            )
+        sources = own_sources
         report("The encoded corpus is no longer in the cache; its sources are read again.")
-    corpus = prepare_corpus(sources, CorpusOptions(**told["options"]), report=report)
-    if corpus.fingerprint != plan.corpus:
+    corpus = prepare_corpus(sources, options, report=report, progress=progress_bar)
+    if corpus.fingerprint != fingerprint:
         raise ResumeError(
-            f"{', '.join(sources)} is not the text that {checkpoint.path.name} was trained on; "
-            "give that text, or train under another name."
+            f"{', '.join(sources)} is not the text that {name} was trained on; give that text, or "
+            "train under another name."
         )
     return corpus

@@ -37,8 +37,27 @@ class Console:
         tqdm.write(text, file=self._stream)
         self._stream.flush()
 
+    def reading(self, done: int, total: int | None) -> None:
+        """Show how many bytes of the corpus are read, on a terminal."""
+        if not self._stream.isatty():
+            return
+        if self._bar is None:
+            self._bar = tqdm(
+                total=total,
+                file=self._stream,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                delay=1.0,
+                desc="reading the corpus",
+            )
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.stop()
+
     def start(self, step: int, steps: int, *, characters_per_token: float) -> None:
         """Begin to count, from `step` on."""
+        self.stop()
         self._start, self._began = step, time.perf_counter()
         self._characters_per_token = characters_per_token
         if self._stream.isatty():
@@ -47,7 +66,7 @@ class Console:
                 initial=step,
                 file=self._stream,
                 dynamic_ncols=True,
-                bar_format="{percentage:3.0f}% |{bar}| {postfix} [{elapsed} < {remaining}]",
+                bar_format="{percentage:3.0f}% |{bar}|{postfix} [{elapsed} < {remaining}]",
             )
 
     def stepped(self, step: int, steps: int, nats: float, tokens: int) -> None:

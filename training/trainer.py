@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -96,7 +97,7 @@ class Progress:
 
 
 class Trainer:
-    """One run of one plan.
+    """One run of one plan; `learner` is what it trains.
 
     `elapsed` tells the seconds since the command began; `interrupted` whether it was asked to stop.
     """
@@ -119,9 +120,13 @@ class Trainer:
         self._elapsed = elapsed
         self._interrupted = interrupted
         self._progress = Progress()
-        self._seconds_before = 0.0
+        self._best_weights: dict[str, NDArray[Any]] = {}
         self._reports: dict[str, Any] = {}
-        self._learner = Learner(
+        self._saved_step = 0
+        # Of a resumed run the seconds before count, but not the start-up of this process.
+        self._seconds_before = 0.0
+        self._seconds_aside = 0.0
+        self.learner = Learner(
             plan.options,
             plan.architecture,
             steps=plan.steps,
@@ -130,7 +135,6 @@ class Trainer:
             unknown=corpus.tokenizer.unknown,
             rare=torch.from_numpy(rare_tokens(corpus.token_counts, corpus.tokenizer.end)),
         )
-        self._published = _arrays(dict(self._learner.network.named_parameters()))
         self._batches = Batches(
             corpus.train,
             batch_size=plan.options.batch_size,
@@ -142,28 +146,55 @@ class Trainer:
         """Go on from a saved run of the same plan."""
         self._progress = Progress.from_json(state.values["progress"])
         self._seconds_before = self._progress.seconds
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in state.arrays.items()}
-        self._learner.load(tensors, step=self._progress.step)
-        self._published = {name: array.copy() for name, array in checkpoint.tensors.items()}
+        self._seconds_aside = self._elapsed()
+        self._saved_step = self._progress.step
+        tensors = {name: torch.from_numpy(array) for name, array in state.arrays.items()}
+        self.learner.load(tensors, step=self._progress.step)
+        if self._progress.best is not None:
+            self._best_weights = {name: part.copy() for name, part in checkpoint.tensors.items()}
         self._reports = dict(checkpoint.summary["validation"])
         self._writer.cut_history(self._progress.step)
 
     def run(self) -> Outcome:
         """Follow the plan to its end, or until there is no progress, no time, or a wish to stop.
 
-        Raises `DivergenceError` when the loss explodes, `StorageError` when a save is refused; what
-        was saved before remains.
+        Everything is saved in the end; `finish` then says that there is nothing left to do. Raises
+        `DivergenceError` when the loss explodes and `StorageError` when a save is refused; what was
+        saved before remains.
         """
-        plan, learner = self._plan, self._learner
-        if self._progress.step == 0:
+        if self._progress.step == 0 and not self._writer.holds_another:
             self._save()
-        batches = self._batches.since(self._progress.step)
         self._console.start(
             self._progress.step, self._steps, characters_per_token=self._characters_per_token
         )
+        try:
+            outcome = self._follow()
+        except DivergenceError as error:
+            raise DivergenceError(f"{error} {self._what_is_kept}") from error
+        finally:
+            self._console.stop()
+        if outcome is not Outcome.INTERRUPTED:
+            self._report()
+        self._save()
+        return outcome
+
+    def finish(self) -> None:
+        """Save that the run is over; a run killed before this is resumed, and ends the same."""
+        self._progress = replace(self._progress, finished=True)
+        self._save()
+
+    def _follow(self) -> Outcome:
+        """The loop: step by step until one of the reasons to end it holds."""
+        plan = self._plan
+        batches = self._batches.since(self._progress.step)
         first, began, saved = self._progress.step, self._elapsed(), self._elapsed()
-        outcome = Outcome.FINISHED
         while (step := self._progress.step) < self._steps:
+            if self._progress.stale >= plan.options.patience:
+                return Outcome.NO_PROGRESS
+            if self._is_out_of_time:
+                return Outcome.OUT_OF_TIME
+            if self._interrupted():
+                return Outcome.INTERRUPTED
             batch = next(batches)
             rate = learning_rate(
                 step,
@@ -171,29 +202,17 @@ class Trainer:
                 planned=plan.steps,
                 shortened=self._progress.shortened,
             )
-            nats, norm = learner.learn(batch, step=step, rate=rate)
+            nats, norm = self.learner.learn(batch, step=step, rate=rate)
             self._advance(nats, batch.tokens, rate)
             self._console.stepped(step + 1, self._steps, nats, batch.tokens)
-            last = step + 1 == self._steps
-            if last or (step + 1) % plan.evaluate_every == 0:
+            is_evaluated = step + 1 == self._steps or (step + 1) % plan.evaluate_every == 0
+            if is_evaluated:
                 self._evaluate(rate, norm)
                 self._keep_to_budget((self._elapsed() - began) / (step + 1 - first))
-                if self._progress.stale >= plan.options.patience and not last:
-                    outcome = Outcome.NO_PROGRESS
-                    break
-                if self._is_out_of_time and not last:
-                    outcome = Outcome.OUT_OF_TIME
-                    break
-            if self._interrupted():
-                outcome = Outcome.INTERRUPTED
-                break
-            if self._elapsed() - saved > SAVE_SECONDS:
+            if is_evaluated or self._elapsed() - saved > SAVE_SECONDS:
                 self._save()
                 saved = self._elapsed()
-        if outcome is not Outcome.INTERRUPTED:
-            self._report()
-        self._save()
-        return outcome
+        return Outcome.FINISHED
 
     @property
     def _steps(self) -> int:
@@ -204,7 +223,18 @@ class Trainer:
     @property
     def _seconds(self) -> float:
         """Seconds spent on this run in all, in this process and those before."""
-        return self._seconds_before + self._elapsed()
+        return self._seconds_before + self._elapsed() - self._seconds_aside
+
+    @property
+    def _published(self) -> dict[str, NDArray[Any]]:
+        """The weights that are the model: the best evaluated, and the average until there are."""
+        return self._best_weights if self._best_weights else _arrays(self.learner.average.weights)
+
+    @property
+    def _what_is_kept(self) -> str:
+        if self._writer.holds_another:
+            return f"The model that was to be replaced is still in {self._writer.path}."
+        return f"The model as of step {self._saved_step:,} is kept in {self._writer.path}."
 
     @property
     def _is_out_of_time(self) -> bool:
@@ -236,28 +266,25 @@ class Trainer:
 
     def _evaluate(self, rate: float, norm: float) -> None:
         """Measure the trained and the averaged weights on held-out text; publish the better."""
-        progress, learner = self._progress, self._learner
+        progress, learner = self._progress, self.learner
         line: dict[str, Any] = {
             "step": progress.step,
             "seconds": round(self._seconds, 1),
-            "training": progress.sum_nats / max(progress.sum_tokens, 1),
+            "training": progress.sum_nats / progress.sum_tokens / self._characters_per_token,
             "learning_rate": rate,
             "gradient_norm": norm,
         }
-        averaged = learner.average.weights
-        if not self._has_held_out:
-            self._published = _arrays(averaged)
-            best, stale = None, 0
-        else:
-            best, stale = progress.best, progress.stale + 1
-            trained = {name: p.detach() for name, p in learner.network.named_parameters()}
-            for name, weights in (("trained", trained), ("averaged", averaged)):
+        best, stale = progress.best, progress.stale
+        if self._has_held_out:
+            stale += 1
+            trained = {name: part.detach() for name, part in learner.network.named_parameters()}
+            for name, weights in (("trained", trained), ("averaged", learner.average.weights)):
                 loss = self._loss(weights)
                 line[name] = loss.nats_per_character
                 if best is None or loss.nats_per_token < best.nats:
                     best = Best(progress.step, loss.nats_per_token, name == "averaged")
                     stale = 0
-                    self._published = _arrays(weights)
+                    self._best_weights = _arrays(weights)
                     self._reports = {"windows": loss.to_json()}
         self._progress = replace(progress, best=best, stale=stale, sum_nats=0.0, sum_tokens=0)
         self._writer.append_history(line)
@@ -270,7 +297,7 @@ class Trainer:
         """Windows loss of these weights on the plan's share of the held-out text."""
         network = Network(self._plan.architecture)
         network.to(self._plan.device).load_state_dict(dict(weights))
-        return evaluate(
+        loss = evaluate(
             network,
             self._corpus.validation,
             self._corpus.tokenizer,
@@ -278,6 +305,13 @@ class Trainer:
             limit=self._plan.evaluation_tokens,
             precision=self._plan.precision,
         )
+        if not math.isfinite(loss.nats):
+            raise DivergenceError(
+                f"Training diverged at step {self._progress.step}: the held-out loss became "
+                f"{loss.nats}. Train again with a smaller --learning-rate than "
+                f"{self._plan.options.learning_rate:g}."
+            )
+        return loss
 
     def _keep_to_budget(self, step_seconds: float) -> None:
         """Shorten the plan, once, when the machine has become too slow to finish it in time."""
@@ -298,11 +332,9 @@ class Trainer:
             f"The machine has become slower: the plan ends after {steps:,} steps instead of "
             f"{self._plan.steps:,}."
         )
-        self._save()
 
     def _report(self) -> None:
         """Measure the published weights by both protocols in float32: the figures of the model."""
-        self._progress = replace(self._progress, finished=True)
         if not self._has_held_out:
             return
         network = Network.from_arrays(self._plan.architecture, self._published)
@@ -320,8 +352,15 @@ class Trainer:
         """Commit weights, progress and the learner's state together."""
         self._progress = replace(self._progress, seconds=self._seconds)
         state = TrainerState(
-            arrays=_arrays(self._learner.state()),
-            values={"plan": self._plan.to_json(), "progress": asdict(self._progress)},
+            arrays=_arrays(self.learner.state()),
+            values={
+                "plan": self._plan.to_json(),
+                "progress": asdict(self._progress),
+                "corpus": {
+                    "sources": [lasting(source) for source in self._corpus.description["sources"]],
+                    "options": self._corpus.description["options"],
+                },
+            },
         )
         self._writer.commit(
             architecture=self._plan.architecture,
@@ -332,6 +371,7 @@ class Trainer:
             summary=self.summary(),
             trainer=state,
         )
+        self._saved_step = self._progress.step
 
     @property
     def architecture(self) -> Architecture:
@@ -378,6 +418,11 @@ class Trainer:
     @property
     def _has_held_out(self) -> bool:
         return len(self._corpus.validation.tokens) > 1
+
+
+def lasting(source: str) -> str:
+    """A source as it can be found again from another working directory."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def rare_tokens(counts: NDArray[np.int64], end: int) -> NDArray[np.int64]:

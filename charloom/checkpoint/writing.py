@@ -128,6 +128,11 @@ class ModelWriter:
         finally:
             self._lock.release()
 
+    @property
+    def holds_another(self) -> bool:
+        """Whether the folder still holds the model that this writer is there to replace."""
+        return self._committed is not None and self._created is None
+
     def commit(
         self,
         *,

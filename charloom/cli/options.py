@@ -44,11 +44,9 @@ def flag(item: "Field[Any]") -> str:
 
 
 def given(ctx: click.Context, names: Iterable[str]) -> Mapping[str, Any]:
-    """Those of the parameters that were given on the command line or in the environment."""
-    default = click.core.ParameterSource.DEFAULT
-    return {
-        name: ctx.params[name] for name in names if ctx.get_parameter_source(name) is not default
-    }
+    """Those of the parameters that were given on the command line."""
+    line = click.core.ParameterSource.COMMANDLINE
+    return {name: ctx.params[name] for name in names if ctx.get_parameter_source(name) is line}
 
 
 def _click_type(annotation: Any) -> dict[str, Any]:

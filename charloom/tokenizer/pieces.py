@@ -158,7 +158,7 @@ class SentencePieceTokenizer(Utf8Tokenizer):
             problems.append(f"model_type is {model_type!r}; choose one of {choices}.")
         if type(vocabulary_size) is not int or vocabulary_size > MAX_VOCABULARY:
             problems.append(
-                f"vocabulary_size is {vocabulary_size!r}; give a whole number of at most "
+                f"--vocab-size is {vocabulary_size!r}; give a whole number of at most "
                 f"{MAX_VOCABULARY:,}."
             )
         if problems:
@@ -197,7 +197,7 @@ class SentencePieceTokenizer(Utf8Tokenizer):
                 raise
             raise OptionError(
                 [
-                    f"vocabulary_size is {vocabulary_size}, but this text yields only {most[1]} "
+                    f"--vocab-size is {vocabulary_size}, but this text yields only {most[1]} "
                     f"{model_type} tokens; give at most {most[1]}, or more text."
                 ]
             ) from None
@@ -276,7 +276,7 @@ def _piece_characters(sample: str, vocabulary_size: int, model_type: PieceModel)
     if room < needed:
         raise OptionError(
             [
-                f"vocabulary_size is {vocabulary_size}, but the {needed} characters that make up "
+                f"--vocab-size is {vocabulary_size}, but the {needed} characters that make up "
                 f"{COVERAGE:.2%} of this text and the {FIXED_TOKENS} fixed tokens of {model_type} "
                 f"take {FIXED_TOKENS + needed}; give at least that, or choose the tokenizer "
                 "characters or bytes."
