@@ -16,6 +16,7 @@ class Terminal(io.StringIO):
     """A stream that says it is a terminal."""
 
     def isatty(self) -> bool:
+        """Yes."""
         return True
 
 

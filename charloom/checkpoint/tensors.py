@@ -44,14 +44,17 @@ RANKS = {code: rank for rank, code in enumerate(DTYPES)}
 def pack(arrays: Mapping[str, NDArray[Any]]) -> list[bytes | memoryview]:
     """The buffers of a safetensors file, in order; they are the arrays' memory where it is dense.
 
-    Raises ValueError for a dtype that the format does not have.
+    Raises ValueError for a dtype that the format does not have, and for the one name it keeps for
+    itself, `__metadata__`.
     """
     coded = []
     for name, array in arrays.items():
         # `asarray` and not `ascontiguousarray`, which would make a vector of a scalar.
         dense = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
         code = CODES.get(dense.dtype)
-        if code is None or name == "__metadata__":
+        if name == "__metadata__":
+            raise ValueError("safetensors keeps the name '__metadata__' for itself")
+        if code is None:
             raise ValueError(f"safetensors cannot hold {name!r} of dtype {array.dtype}")
         coded.append((code, name, dense))
     coded.sort(key=lambda item: (RANKS[item[0]], item[1]))

@@ -10,7 +10,9 @@ from charloom.checkpoint.tensors import DTYPES, pack, unpack
 any_array = st.sampled_from(sorted(DTYPES.values(), key=str)).flatmap(
     lambda dtype: arrays(dtype, array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
 )
-names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+    lambda name: name != "__metadata__"
+)
 
 
 @given(st.dictionaries(names, any_array, max_size=5))
