@@ -41,7 +41,6 @@ demo: .venv/installed ## train about a minute on text that comes with Python, th
 	@printf '  %s\n' \
 		'$(BIN)/charloom sample demo --interactive' \
 		'$(BIN)/charloom train YOUR-TEXT.txt --name mine --minutes 5' \
-		'$(BIN)/charloom train --resume --name mine' \
 		'$(BIN)/charloom models show demo' \
 		'$(BIN)/charloom train --help'
 

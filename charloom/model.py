@@ -187,6 +187,8 @@ class Model:
         return self._streams(prompt, params, range(params.n))
 
     def _streams(self, prompt: str, params: SamplingParams, choices: range) -> Iterator[Stream]:
+        if not isinstance(prompt, str):
+            raise OptionError([f"prompt is {prompt!r}; give a text."])
         tokens = self.tokenizer.encode(prompt, unknown=params.unknown)
         seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
         precision = resolve_precision(params.precision)

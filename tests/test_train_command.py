@@ -51,11 +51,16 @@ def charloom(models: Path) -> Run:
     return call
 
 
-def start(models: Path, *arguments: object) -> "subprocess.Popen[str]":
+def start(models: Path, *arguments: object, stdin: int | None = None) -> "subprocess.Popen[str]":
     """The command in a process of its own, saving after every step."""
     words = [sys.executable, "-c", EAGER, "--models", str(models), "train", *map(str, arguments)]
     return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+        words,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
     )
 
 
@@ -389,7 +394,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("hiden = 24\n", "sets 'hiden', which is no option"),
+        ("hiden = 24\n", "sets 'hiden', which is no option of a file; write hidden."),
         ("hidden = \n", "is not TOML"),
         ('hidden = "many"\n', "--hidden is 'many'"),
     ],
@@ -446,3 +451,48 @@ def test_every_script_survives_training_and_sampling(
     assert sampled.exit_code == 0, sampled.stderr
     assert sampled.stdout_bytes.startswith(HOSTILE.encode())
     sampled.stdout_bytes.decode()
+
+
+def test_ending_a_run_before_its_first_save_leaves_nothing(models: Path) -> None:
+    """SIGTERM while the corpus is read gives the name free again."""
+    process = start(models, "-", "--name", "m", stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(TEXT * 30)  # more than a pipe holds, so once written it is being read
+    process.stdin.flush()
+    assert (models / "m").exists()
+    process.terminate()
+    process.communicate()
+
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not (models / "m").exists()
+
+
+def test_an_unfinished_model_is_listed_as_such(charloom: Run, stopped: Path) -> None:
+    """The list tells that a run was stopped, and where."""
+    result = charloom("models", "list")
+
+    assert stopped.name in result.stdout
+    assert "unfinished, step" in result.stdout
+    assert "of 100000" in result.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_standard_output_is_a_sentence(charloom: Run, text: Path, models: Path) -> None:
+    """What cannot be written is told on standard error, with the exit status of an error."""
+    charloom("train", text, "--name", "m", "--steps", 2, *SMALL)
+    words = [sys.executable, "-m", "charloom", "--models", str(models), "models", "list"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "Standard output cannot be written: No space left on device" in done.stderr
+
+
+def test_a_prompt_that_is_no_text_is_a_sentence(charloom: Run, text: Path) -> None:
+    """Bytes that are not UTF-8 on the command line are refused, whatever --unknown says."""
+    charloom("train", text, "--name", "m", "--steps", 2, *SMALL)
+
+    result = charloom("sample", "m", "a\udcff", "--unknown", "skip")
+
+    assert result.exit_code == 2
+    assert "PROMPT is not UTF-8" in result.stderr

@@ -4,6 +4,7 @@ The product of training is a folder: its path is all that goes to standard outpu
 progress and every remark go to standard error.
 """
 
+import difflib
 import json
 import signal
 import sys
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 import torch
@@ -26,6 +27,7 @@ from charloom.cli.options import flag, given, options_of
 from charloom.errors import ModelNameError, OptionError
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, encode_text, prepare_corpus
+from training.corpus.options import Documents
 from training.evaluation import PROTOCOLS
 from training.evaluation import evaluate as measure
 from training.memory import keep_freed_memory
@@ -98,9 +100,13 @@ def train(
     def elapsed() -> float:
         return time.monotonic() - began
 
+    if isinstance(device := choices.get("device", "auto"), str):
+        _attempt(problems, choose_device, device)
+    if problems:
+        raise OptionError(problems)
     stop = StopRequest()
     mode: WriteMode = "resume" if resume else "overwrite" if overwrite else "new"
-    with ModelWriter(folder, mode=mode) as writer:
+    with _sigterm_exits(), ModelWriter(folder, mode=mode) as writer:
         if resume:
             run = saved_run(
                 folder, choices, corpus, report=console.note, progress_bar=console.reading
@@ -128,6 +134,16 @@ def train(
     click.echo(str(folder))
     if stop.signal is not None and outcome is Outcome.INTERRUPTED:
         ctx.exit(128 + stop.signal)
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Let SIGTERM run what cleans up: a name without anything saved under it is given free."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:
@@ -177,17 +193,18 @@ def _choices(ctx: click.Context, config_file: Path | None, problems: list[str]) 
 def _read_options(file: Path) -> dict[str, Any]:
     """The options that a TOML file sets; raises `OptionError` for what is not TOML or no option."""
     try:
-        chosen = tomllib.loads(file.read_text("utf-8"))
+        chosen = tomllib.loads(file.read_text("utf-8-sig"))
     except OSError as error:
         message = f"--config {file} cannot be read: {error.strerror}; name a TOML file."
         raise OptionError([message]) from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise OptionError([f"--config {file} is not TOML: {error}; correct it."]) from error
     names = {flag(item)[2:].replace("-", "_"): item.name for item in _FIELDS}
-    problems = [
-        f"--config {file} sets {key!r}, which is no option of training; see charloom train --help."
-        for key in sorted(set(chosen) - set(names))
-    ]
+    problems = []
+    for key in sorted(set(chosen) - set(names)):
+        close = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
+        remedy = f"write {close[0]}" if close else "see charloom train --help for those there are"
+        problems.append(f"--config {file} sets {key!r}, which is no option of a file; {remedy}.")
     if problems:
         raise OptionError(problems)
     return {names[key]: value for key, value in chosen.items()}
@@ -222,7 +239,11 @@ def _name_problems(name: str | None) -> list[str]:
 @click.argument("model")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--json", "as_json", is_flag=True, help="Write the figures as one line of JSON.")
-@click.option("--documents", help="Where documents end [default: as the model was trained].")
+@click.option(
+    "--documents",
+    type=click.Choice(get_args(Documents)),
+    help="Where documents end [default: as the model was trained].",
+)
 @click.option("--field", help="Field of JSONL or column of CSV that holds the text.")
 @click.option(
     "--encoding", default="utf-8", show_default=True, help="Encoding of the text, or auto."
@@ -248,9 +269,8 @@ def evaluate(
     stateful: read once from the start, hidden state carried. windows: 256 tokens at a time from a
     fresh start.
     """
-    problems = []
-    if threads is not None and threads < 1:
-        problems.append(f"--threads is {threads}; give a whole number of at least 1.")
+    problems: list[str] = []
+    _attempt(problems, TrainingOptions, threads=threads)
     where = _attempt(problems, choose_device, device)
     loaded = checkpoints.load(find_model(model, models=context.models))
     options = _attempt(

@@ -26,9 +26,18 @@ _BOUNDS = (
 )
 
 
+def _range_words(limits: Mapping[str, Any]) -> str:
+    return " and ".join(f"{word} {limits[key]}" for key, word, _ in _BOUNDS if key in limits)
+
+
 def option(help_: str, **constraints: Any) -> Mapping[str, Any]:
     """Metadata of a field: its sentence for `--help` and the range it must lie in."""
-    return {"help": help_, **constraints}
+    ends = [
+        f"{word}{constraints[key]:g}" if isinstance(constraints[key], float) else constraints[key]
+        for key, word in (("least", ""), ("above", "above "), ("most", ""), ("below", "below "))
+        if key in constraints
+    ]
+    return {"help": f"{help_}  [{' to '.join(map(str, ends))}]" if ends else help_, **constraints}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +136,7 @@ class TrainingOptions:
     )
     threads: int | None = field(
         default=None,
-        metadata=option("Processor threads [default: one per core].", least=1, most=1024),
+        metadata=option("Processor threads [default: one per core].", least=1, most=256),
     )
 
     def __post_init__(self) -> None:
@@ -172,5 +181,4 @@ def range_problem(item: "Field[Any]", value: object) -> str | None:
         and all(holds(value, limit) for _, holds, limit in bounds)
     ):
         return None
-    words = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
-    return f"{flag(item)} is {value!r}; give a {kind} {words}."
+    return f"{flag(item)} is {value!r}; give a {kind} {_range_words(limits)}."

@@ -87,7 +87,8 @@ class Learner:
             what = f"the loss became {nats}" if not _finite(nats) else f"the gradient became {norm}"
             raise DivergenceError(
                 f"Training diverged at step {step + 1}: {what} at learning rate {rate:.3g}. "
-                f"Train again with a smaller --learning-rate than {options.learning_rate:g}."
+                f"Train again with --overwrite and a smaller --learning-rate than "
+                f"{options.learning_rate:g}."
             )
         self.hidden = [tuple(part.detach() for part in layer) for layer in hidden]
         self.optimiser.step(rate)

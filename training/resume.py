@@ -44,7 +44,9 @@ def saved_run(
         corpus_options = CorpusOptions(**state.values["corpus"]["options"])
         own_sources = [str(source) for source in state.values["corpus"]["sources"]]
         choose_device(plan.device)
-    except (KeyError, TypeError, OptionError) as error:
+        if plan.architecture != checkpoint.architecture or plan.evaluate_every < 1:
+            raise ValueError("plan and weights do not belong together")
+    except (KeyError, TypeError, ValueError, OptionError) as error:
         raise ResumeError(
             f"{folder.name} cannot be resumed here: what its trainer folder tells is of another "
             f"version or another machine ({error}). Train again with --overwrite."

@@ -13,6 +13,9 @@ from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
+SILENCE_SECONDS = 30.0
+"""Where there is no bar, a line is written at least so often."""
+
 _SMOOTHING = 0.02
 
 
@@ -31,9 +34,11 @@ class Console:
         self._characters_per_token = 1.0
         self._tokens = 0
         self._loss: float | None = None
+        self._spoke = time.perf_counter()
 
     def note(self, text: str) -> None:
         """Print whole lines, above the bar where there is one."""
+        self._spoke = time.perf_counter()
         tqdm.write(text, file=self._stream)
         self._stream.flush()
 
@@ -73,7 +78,12 @@ class Console:
         """Take in one step."""
         self._loss = nats if self._loss is None else self._loss + _SMOOTHING * (nats - self._loss)
         self._tokens += tokens
-        if self._bar is not None:
+        if self._bar is None:
+            if time.perf_counter() - self._spoke > SILENCE_SECONDS:
+                loss = self._loss / self._characters_per_token
+                parts = (f"step {step:>7,} of {steps:,}", f"training {loss:.4f}")
+                self.note("   ".join((*parts, self._left(step, steps))))
+        else:
             loss = self._loss / self._characters_per_token
             self._bar.total = steps
             self._bar.set_postfix_str(
@@ -90,10 +100,7 @@ class Console:
         if held_out:
             best = min(held_out)
             parts.append(f"held out {best:.4f} nats, {best / math.log(2):.3f} bits per character")
-        spent = time.perf_counter() - self._began
-        left = spent / max(line["step"] - self._start, 1) * (steps - line["step"])
-        parts.append(f"{self._speed:,.0f} char/s")
-        parts.append(f"{duration(left)} left")
+        parts.append(self._left(line["step"], steps))
         self.note("   ".join(parts))
 
     def stop(self) -> None:
@@ -101,6 +108,11 @@ class Console:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def _left(self, step: int, steps: int) -> str:
+        spent = time.perf_counter() - self._began
+        left = spent / max(step - self._start, 1) * (steps - step)
+        return f"{self._speed:,.0f} char/s   {duration(left)} left"
 
     @property
     def _speed(self) -> float:

@@ -9,7 +9,6 @@ averaged.
 """
 
 import math
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from charloom.architecture import Architecture
 from charloom.checkpoint import Checkpoint, ModelWriter, TrainerState
-from charloom.errors import DivergenceError
+from charloom.errors import DivergenceError, ResumeError
 from charloom.model import Model
 from training.batches import Batches
 from training.corpus import EncodedCorpus
@@ -143,13 +142,19 @@ class Trainer:
         )
 
     def restore(self, checkpoint: Checkpoint, state: TrainerState) -> None:
-        """Go on from a saved run of the same plan."""
+        """Go on from a saved run of this plan; raises `ResumeError` when it is of another."""
         self._progress = Progress.from_json(state.values["progress"])
         self._seconds_before = self._progress.seconds
         self._seconds_aside = self._elapsed()
         self._saved_step = self._progress.step
         tensors = {name: torch.from_numpy(array) for name, array in state.arrays.items()}
-        self.learner.load(tensors, step=self._progress.step)
+        try:
+            self.learner.load(tensors, step=self._progress.step)
+        except (KeyError, RuntimeError) as error:
+            raise ResumeError(
+                f"{self._writer.path.name} cannot be resumed: its trainer state is not that of its "
+                f"plan ({error}). Train again with --overwrite."
+            ) from error
         if self._progress.best is not None:
             self._best_weights = {name: part.copy() for name, part in checkpoint.tensors.items()}
         self._reports = dict(checkpoint.summary["validation"])
@@ -254,7 +259,8 @@ class Trainer:
             raise DivergenceError(
                 f"Training diverged at step {before.step + 1}: the running loss is {smooth:.2f} "
                 f"nats, twice that of blind guessing, at learning rate {rate:.3g}. Train again "
-                f"with a smaller --learning-rate than {self._plan.options.learning_rate:g}."
+                "with --overwrite and a smaller --learning-rate than "
+                f"{self._plan.options.learning_rate:g}."
             )
         self._progress = replace(
             before,
@@ -291,7 +297,7 @@ class Trainer:
         self._console.evaluated(line, self._steps)
         if progress.step // self._plan.evaluate_every % SAMPLE_EVERY == 0:
             text = self.sample(SAMPLE_TOKENS)
-            self._console.note(textwrap.indent(text, "    | ", lambda _: True))
+            self._console.note("\n".join(f"    | {visible(line)}" for line in text.split("\n")))
 
     def _loss(self, weights: Mapping[str, Tensor]) -> Loss:
         """Windows loss of these weights on the plan's share of the held-out text."""
@@ -308,8 +314,8 @@ class Trainer:
         if not math.isfinite(loss.nats):
             raise DivergenceError(
                 f"Training diverged at step {self._progress.step}: the held-out loss became "
-                f"{loss.nats}. Train again with a smaller --learning-rate than "
-                f"{self._plan.options.learning_rate:g}."
+                f"{loss.nats}. Train again with --overwrite and a smaller --learning-rate "
+                f"than {self._plan.options.learning_rate:g}."
             )
         return loss
 
@@ -418,6 +424,12 @@ class Trainer:
     @property
     def _has_held_out(self) -> bool:
         return len(self._corpus.validation.tokens) > 1
+
+
+def visible(line: str) -> str:
+    """A line as a terminal may show it: what could move its cursor becomes U+FFFD."""
+    shown = (c if c.isprintable() or c == "\t" else "\ufffd" for c in line)
+    return "".join(shown)
 
 
 def lasting(source: str) -> str:

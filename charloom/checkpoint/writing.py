@@ -108,7 +108,7 @@ class ModelWriter:
             with self._storing():
                 self._begin(survey(self.path))
         except BaseException:
-            self._lock.release()
+            self._leave()
             raise
         self._open = True
         return self
@@ -122,6 +122,12 @@ class ModelWriter:
         self._open = False
         try:
             self._close_history()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Give the name free, without a folder where there is nothing to keep in it."""
+        try:
             if self._committed is None:
                 with suppress(OSError):  # a folder that holds anything stays
                     self.path.rmdir()
@@ -373,7 +379,7 @@ class ModelWriter:
             at = "" if error.filename is None else f" ({error.filename})"
             kept = (
                 "Nothing had been saved yet."
-                if self._committed is None
+                if not (self.path / CONFIG).exists()
                 else "What was saved before still loads."
             )
             raise StorageError(

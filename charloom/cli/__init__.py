@@ -8,7 +8,9 @@ the one place where errors become sentences on standard error and an exit status
     130  Ctrl-C                                                141  the reader of the output left
 """
 
+import errno
 import os
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +25,8 @@ from charloom.errors import CharloomError
 INTERRUPTED = 128 + 2
 PIPE_CLOSED = 128 + 13
 
+_STREAM_ERRORS = (errno.ENOSPC, errno.EIO, errno.EBADF)
+
 
 class LazyCommand(click.Command):
     """Stands for a command until it runs; `extra` is what must be installed for it to import."""
@@ -33,9 +37,17 @@ class LazyCommand(click.Command):
         self.extra = extra
 
     def load(self) -> click.Command:
-        """Import the command."""
+        """Import the command.
+
+        Ctrl-C ends the process while it imports: the native code of torch aborts, with a message of
+        its own, when a KeyboardInterrupt comes up in it.
+        """
         module, _, attribute = self.home.partition(":")
-        command = getattr(import_module(module), attribute)
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            command = getattr(import_module(module), attribute)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert isinstance(command, click.Command), f"{self.home} is not a command"
         return command
 
@@ -74,6 +86,15 @@ class CommandLine(click.Group):
             # Python flushes standard output once more at exit and would complain there.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(PIPE_CLOSED)
+        except OSError as error:
+            # An error about a file has its sentence where it happens; this is a standard stream.
+            if error.filename is not None or error.errno not in _STREAM_ERRORS:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            click.echo(
+                f"Standard output cannot be written: {error.strerror}; send it elsewhere.", err=True
+            )
+            ctx.exit(CharloomError.exit_status)
         return result
 
     def _explain_missing(self, error: ModuleNotFoundError, name: str | None) -> str | None:

@@ -158,6 +158,8 @@ def _facts(entry: ModelEntry) -> dict[str, Any]:
 
 def _row(entry: ModelEntry) -> tuple[str, ...]:
     remark = "training now" if entry.training else ""
+    if not remark and entry.summary is not None and entry.summary.get("finished") is False:
+        remark = f"unfinished, step {entry.summary.get('step')} of {entry.summary.get('steps')}"
     if entry.problem is not None:
         remark = f"{remark}; {entry.problem}" if remark else entry.problem
     architecture = entry.architecture

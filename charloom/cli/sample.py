@@ -84,6 +84,11 @@ def sample(
         params = SamplingParams(**options)
     except OptionError as error:
         problems += error.problems
+    if prompt is not None:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            problems.append("PROMPT is not UTF-8; convert it, or give it by --prompt-file.")
     if problems:
         raise OptionError(problems)
 
