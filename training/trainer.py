@@ -326,7 +326,7 @@ class Trainer:
             return
         finish = self._plan.finish_seconds
         left = self._steps - progress.step
-        if self._seconds + left * step_seconds + finish <= _FINAL_SHARE * budget:
+        if self._seconds + left * step_seconds + finish <= budget:
             return
         fits = int((_FINAL_SHARE * budget - finish - self._seconds) / step_seconds)
         steps = progress.step + max(fits, 1)
