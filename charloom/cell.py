@@ -140,17 +140,10 @@ class Network:
         parts, hidden = self.architecture.state_parts, self.architecture.hidden
         return np.zeros((self.architecture.layers, parts, rows, hidden), np.float32)
 
-    def embed(self, tokens_B: NDArray[np.int32]) -> Floats:
-        """What the first layer makes of its input, W_i x + b_i, (B, G)."""
-        return self.layers[0].from_input(self.embedding_VE[tokens_B])
-
     def step(self, tokens_B: NDArray[np.int32], state_LPBH: State) -> tuple[Floats, State]:
         """Read one token per row: logits of the token after it, (B, V), and the new state."""
-        return self.advance(self.embed(tokens_B), state_LPBH)
-
-    def advance(self, first_BG: Floats, state_LPBH: State) -> tuple[Floats, State]:
-        """The rest of `step`, given the first layer's W_i x + b_i, which may come from a table."""
         new_LPBH = np.empty_like(state_LPBH)
+        first_BG = self.layers[0].from_input(self.embedding_VE[tokens_B])
         x_BH = self._recur(0, first_BG, state_LPBH[0], new_LPBH[0])
         for index, layer in enumerate(self.layers[1:], start=1):
             y_BH = self._recur(index, layer.from_input(x_BH), state_LPBH[index], new_LPBH[index])

@@ -15,6 +15,9 @@ names the field, the value and the remedy. The command line prints it and ends w
         CheckpointError       truncated, tampered, foreign or too new: restore or retrain
         ResumeError           there is nothing to resume, or it does not fit what was asked
         StorageError          the disk is full or read-only: what was saved before still loads
+      BusyError             the engine's queue is full: ask again later
+      ClosedError           the engine is shutting down: ask another
+      DecodingError         a step failed and took the texts in flight with it: ask again
       DivergenceError       training ran into NaN or an exploding loss: the last good state is kept
 """
 
@@ -77,5 +80,19 @@ class StorageError(ModelError):
 
 class DivergenceError(CharloomError):
     """The loss became NaN, infinite or far worse than at the start."""
+
+    exit_status = 1
+
+
+class BusyError(CharloomError):
+    """The engine's queue is full: ask again later."""
+
+
+class ClosedError(CharloomError):
+    """The engine takes no more requests: it is shutting down."""
+
+
+class DecodingError(CharloomError):
+    """A step failed while texts were being written; the engine goes on without them."""
 
     exit_status = 1

@@ -1,40 +1,62 @@
-"""A model in one's hand: load it from its folder, write texts with it.
+"""A model in one's hand: load it from its folder, write texts with it, measure how it likes others.
 
     model = charloom.load("models/demo")
     model.generate("The ", max_tokens=200, temperature=0.8, seed=7).text
     for piece in model.stream("The ", max_tokens=200):
         ...
+    model.score("some text").bits_per_character
 
-A text is a function of model, prompt, options, seed and choice: writing it whole or in pieces,
-alone or as one of several choices, gives the same characters. A request without a seed gets one,
-and the result says which.
+A text is a function of model, precision, prompt, options, seed and choice: writing it whole or in
+pieces, alone or among others, gives the same bytes. A request without a seed gets one, and the
+result says which. All calls, from any number of threads, share one batch of the engine.
 
 A model of documents reads its end token before every prompt, as it did in training, and ends a text
 by drawing it. A model of plain text never draws it; there an empty prompt has nothing to read, so
 the first token is drawn by how often each occurs in the training text.
 """
 
+import os
 import secrets
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Literal, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from charloom import checkpoint as checkpoints
-from charloom.cell import Network, State
 from charloom.checkpoint import Checkpoint
-from charloom.decoding.decoder import CellDecoder, Decoder
-from charloom.decoding.sampling import Rules, sample
-from charloom.decoding.sequence import Alphabet, FinishReason, Sequence
-from charloom.errors import OptionError
+from charloom.decoding.alphabet import Alphabet
+from charloom.decoding.assessment import Assessment
+from charloom.decoding.cache import StateCache
+from charloom.decoding.decoder import (
+    Decoder,
+    GraphDecoder,
+    Kernel,
+    arithmetic_of,
+    choose_kernel,
+)
+from charloom.decoding.engine import Engine
+from charloom.decoding.graph import Arithmetic
+from charloom.decoding.request import Handle, Prompt, Request
+from charloom.decoding.sequence import FinishReason
+from charloom.errors import CheckpointError, ClosedError, OptionError, UnknownTextError
 from charloom.params import CHOICE_LIMIT, SEED_LIMIT, Precision, SamplingOptions, SamplingParams
-from charloom.tokenizer import Tokenizer
+from charloom.scoring import Score, Scorer, run_ahead
+from charloom.tokenizer import Tokenizer, UnknownPolicy
 
-Logits = NDArray[np.float32] | NDArray[np.float64]
+CAPACITY = 256
+"""Texts written at the same time; a step of more rows costs less per row, up to about here."""
+
+WAITING = 1 << 16
+"""Texts that may wait for a row."""
+
+CACHE = 64 << 20
+"""Bytes of hidden states kept for prompts that begin alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +65,8 @@ class Generation:
 
     text: str
     """The continuation: what was generated, without the prompt."""
+    tokens: tuple[int, ...]
+    """The tokens drawn, those of a stop string or a document's end included."""
     seed: int
     """The seed as given, or the one that was drawn."""
     choice: int
@@ -51,77 +75,102 @@ class Generation:
     """"stop" at a stop string or the end of the document, "length" at `max_tokens`."""
     prompt_tokens: int
     generated_tokens: int
-    precision: Literal["float32"]
+    precision: Arithmetic
     """The arithmetic that `precision` came to."""
+    logprobs: Assessment | None
+    """How likely each of `tokens` was, where `logprobs` asked for it."""
 
 
 class Stream(Iterator[str]):
     """The pieces of one text as they become certain; together they are the text.
 
-    Iterating again goes on where the last iteration stopped.
+    Iterating again goes on where the last iteration stopped. `close` ends the text early, and so
+    does forgetting the stream.
     """
 
-    def __init__(
-        self, sequence: Sequence, pieces: Iterator[str], precision: Literal["float32"]
-    ) -> None:
-        self._sequence = sequence
-        self._pieces = pieces
+    def __init__(self, handle: Handle, request: Request, precision: Arithmetic) -> None:
+        self._handle = handle
+        self._pieces = iter(handle)
+        self._request = request
         self._precision = precision
-        self._text: list[str] = []
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
-        self._text.append(piece)
-        return piece
+        for piece in self._pieces:
+            if piece.text:
+                return piece.text
+        self._handle.result()  # raises what ended the text, if it was an error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Write no further."""
+        self._handle.cancel()
+
+    def __del__(self) -> None:
+        self._handle.cancel()
 
     @property
     def seed(self) -> int:
         """The seed as given, or the one that was drawn."""
-        return self._sequence.seed
+        return self._request.seed
 
     @property
     def choice(self) -> int:
         """Which of the prompt's choices this is, from 0."""
-        return self._sequence.choice
+        return self._request.choice
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the text ended; None while it goes on."""
-        return self._sequence.finish_reason
+        """Why the text ended; None while it goes on, and after `close`."""
+        outcome = self._handle.outcome
+        if outcome is None or outcome.ending not in ("stop", "length"):
+            return None
+        return outcome.ending
 
     def result(self) -> Generation:
-        """Write the text to its end and give the whole of it, pieces already taken included."""
-        for _ in self:
-            pass
-        reason = self._sequence.finish_reason
-        assert reason is not None, "the loop ends only with a reason"
+        """Wait for the end and give the whole text, pieces already taken included."""
+        outcome = self._handle.result()
+        reason = outcome.ending
+        if reason not in ("stop", "length"):
+            raise ClosedError("The stream was closed before its text had ended; open another.")
         return Generation(
-            text="".join(self._text),
+            text=outcome.text,
+            tokens=tuple(outcome.tokens),
             seed=self.seed,
             choice=self.choice,
             finish_reason=reason,
-            prompt_tokens=len(self._sequence.prompt),
-            generated_tokens=len(self._sequence.tokens),
+            prompt_tokens=len(self._request.prompt.tokens),
+            generated_tokens=len(outcome.tokens),
             precision=self._precision,
+            logprobs=outcome.logprobs,
         )
 
 
 class Model:
-    """A checkpoint and the decoder that steps it.
+    """A checkpoint and the engines that write with it, one for each precision asked for.
 
-    Calls change nothing in the model, so threads may share it.
+    Threads may share it; their requests then share batches. `threads` is how many processor threads
+    a step uses, by default as many as the process may run on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        threads: int | None = None,
+        make_decoder: Callable[[Kernel], Decoder] | None = None,
+    ) -> None:
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise OptionError([f"threads is {threads!r}; give a whole number of at least 1."])
         self.checkpoint = checkpoint
-        if decoder is None:
-            decoder = CellDecoder(Network.from_tensors(checkpoint.architecture, checkpoint.tensors))
-        self._decoder = decoder
-        self._has_documents = checkpoint.documents != "none"
-        self._alphabet = Alphabet(checkpoint.tokenizer, documents=self._has_documents)
+        self.threads = available_threads() if threads is None else threads
+        self._make_decoder = self._step_graph if make_decoder is None else make_decoder
+        self._alphabet = Alphabet(checkpoint.tokenizer, documents=checkpoint.documents != "none")
+        self._cache = StateCache(CACHE)
+        self._engines: dict[Kernel, Engine] = {}
+        self._opening = threading.Lock()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -147,7 +196,7 @@ class Model:
         `UnknownTextError` for a prompt that cannot be encoded, and `ModelError` when the model
         gives no token to draw.
         """
-        return self.stream(prompt, params, choice=choice, **options).result()
+        return _finish(self._open(prompt, _merge(params, options), choice, is_streamed=False))
 
     def stream(
         self,
@@ -158,7 +207,64 @@ class Model:
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Continue the prompt piece by piece; arguments and errors are those of `generate`."""
+        return self._open(prompt, _merge(params, options), choice, is_streamed=True)
+
+    def choices(
+        self,
+        prompt: str = "",
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Generation]:
+        """Continue the prompt in `n` ways, in the order of their index; the prompt is read once.
+
+        Arguments and errors are those of `generate`. Choice k is what `generate` gives for it under
+        the same seed, whatever `n` is. As many are written at a time as have rows.
+        """
         params = _merge(params, options)
+        open_choice = self._prepare(prompt, params, is_streamed=False)
+        ahead = 2 * self._engine(params.precision).capacity
+        return run_ahead(
+            lambda choice: partial(_finish, open_choice(choice)), range(params.n), ahead=ahead
+        )
+
+    def score(
+        self,
+        text: str,
+        *,
+        unknown: UnknownPolicy = "replace",
+        precision: Precision = "auto",
+        top: int = 0,
+    ) -> Score:
+        """How likely the model finds a text, token by token, read from its start.
+
+        `top` is how many alternatives to give for each token, `unknown` what becomes of characters
+        outside the vocabulary ("replace" counts each as unknown). Raises `OptionError`,
+        `UnknownTextError` with "error", and `ModelError` when the model gives no probabilities.
+        """
+        return next(self.scorer(unknown=unknown, precision=precision, top=top).apart([text]))
+
+    def scorer(
+        self,
+        *,
+        unknown: UnknownPolicy = "replace",
+        precision: Precision = "auto",
+        top: int = 0,
+    ) -> Scorer:
+        """What scores many texts, apart or together; the options are those of `score`."""
+        if type(top) is not int or top < 0:
+            raise OptionError([f"top is {top!r}; give a whole number of at least 0."])
+        params = SamplingParams(max_tokens=0, logprobs=top, unknown=unknown, precision=precision)
+        return Scorer(
+            self._engine(precision),
+            self.tokenizer,
+            params,
+            documents=self._alphabet.documents,
+        )
+
+    def _open(
+        self, prompt: str, params: SamplingParams, choice: int, *, is_streamed: bool
+    ) -> Stream:
+        """One text of a prompt."""
         problems = []
         if type(choice) is not int or not 0 <= choice < CHOICE_LIMIT:
             problems.append(
@@ -170,77 +276,120 @@ class Model:
             )
         if problems:
             raise OptionError(problems)
-        return next(self._streams(prompt, params, range(choice, choice + 1)))
+        return self._prepare(prompt, params, is_streamed=is_streamed)(choice)
 
-    def choices(
-        self,
-        prompt: str = "",
-        params: SamplingParams | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Iterator[Stream]:
-        """Continue the prompt in `n` ways, in the order of their index; the prompt is read once.
-
-        Arguments and errors are those of `generate`. Choice k is what `generate` gives for it under
-        the same seed, whatever `n` is.
-        """
-        params = _merge(params, options)
-        return self._streams(prompt, params, range(params.n))
-
-    def _streams(self, prompt: str, params: SamplingParams, choices: range) -> Iterator[Stream]:
+    def _prepare(
+        self, prompt: str, params: SamplingParams, *, is_streamed: bool
+    ) -> Callable[[int], Stream]:
+        """Encode a prompt; what it gives opens the choice of an index."""
         if not isinstance(prompt, str):
             raise OptionError([f"prompt is {prompt!r}; give a text."])
-        tokens = self.tokenizer.encode(prompt, unknown=params.unknown)
-        seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-        precision = resolve_precision(params.precision)
-        logits, state = self._read(tokens)
+        tokens = Prompt(self.tokenizer.encode(prompt, unknown=params.unknown))
+        bias_V = self._bias(params)
+        seed = draw_seed() if params.seed is None else params.seed
+        engine = self._engine(params.precision)
+        arithmetic = arithmetic_of(choose_kernel(params.precision))
 
-        def open_stream(choice: int) -> Stream:
-            sequence = Sequence(tokens, params, self._alphabet, seed=seed, choice=choice)
-            return Stream(sequence, self._write(sequence, logits, state), precision)
-
-        return map(open_stream, choices)
-
-    def _read(self, prompt: NDArray[np.int32]) -> tuple[Logits, State]:
-        """Step through the prompt: logits of the token after it, (1, V), and the state there."""
-        read = [self.tokenizer.end, *prompt.tolist()] if self._has_documents else prompt.tolist()
-        state = self._decoder.initial_state(1)
-        logits: Logits
-        with np.errstate(divide="ignore"):  # log 0 is -inf: what never occurred is not drawn
-            logits = np.log(self.checkpoint.token_counts[None].astype(np.float64))
-        for token in read:
-            logits, state = self._decoder.step(np.array([token], np.int32), state)
-        return logits, state
-
-    def _write(self, sequence: Sequence, logits: Logits, state: State) -> Iterator[str]:
-        """Draw tokens until the text ends; yields its pieces."""
-        rules = Rules.stack([sequence.params])
-        while sequence.finish_reason is None:
-            drawn = sample(
-                logits,
-                rules,
-                seen_BV=sequence.seen[None],
-                allowed_BV=sequence.allowed[None],
-                uniform_B=np.array([sequence.uniform()]),
+        def submit(choice: int) -> Stream:
+            request = Request(
+                prompt=tokens,
+                params=params,
+                seed=seed,
+                choice=choice,
+                bias_V=bias_V,
+                is_streamed=is_streamed,
             )
-            piece = sequence.push(int(drawn[0]))
-            if piece:
-                yield piece
-            if sequence.finish_reason is None:
-                logits, state = self._decoder.step(drawn.astype(np.int32), state)
+            return Stream(engine.submit(request), request, arithmetic)
+
+        return submit
+
+    def _bias(self, params: SamplingParams) -> NDArray[np.float32] | None:
+        """The bias of every token, (V,); raises `OptionError` for what is not one token."""
+        if params.logit_bias is None:
+            return None
+        bias_V = np.zeros(self.tokenizer.vocabulary_size, np.float32)
+        problems = []
+        for name, bias in params.logit_bias.items():
+            tokens = np.array([name]) if isinstance(name, int) else self._spell(name)
+            if len(tokens) != 1 or not 0 <= tokens[0] < len(bias_V):
+                problems.append(
+                    f"logit_bias names {name!r}, which is not one token of this model; name a "
+                    f"token by its text or by its number, 0 to {len(bias_V) - 1}."
+                )
+            else:
+                bias_V[tokens[0]] = bias
+        if problems:
+            raise OptionError(problems)
+        return bias_V
+
+    def _spell(self, name: str) -> NDArray[np.int32]:
+        """The tokens of a text, none where it has unknown characters."""
+        try:
+            return self.tokenizer.encode(name)
+        except UnknownTextError:
+            return np.empty(0, np.int32)
+
+    def _engine(self, precision: Precision) -> Engine:
+        """The engine of a precision, opened when first asked for."""
+        kernel = choose_kernel(precision)
+        with self._opening:
+            engine = self._engines.get(kernel)
+            if engine is None:
+                engine = self._engines[kernel] = Engine(
+                    self._make_decoder(kernel),
+                    self._alphabet,
+                    opening_logits(self.checkpoint.token_counts),
+                    name=f"{self.fingerprint} {kernel} ".encode(),
+                    waiting=WAITING,
+                    cache=self._cache,
+                )
+        return engine
+
+    def _step_graph(self, kernel: Kernel) -> Decoder:
+        for name, tensor in self.checkpoint.tensors.items():
+            if not np.isfinite(tensor).all():  # in 8 bits it would pass for some number
+                raise CheckpointError(
+                    f"The tensor {name} of {self.checkpoint.path} holds values that are not "
+                    "finite: its weights are damaged; restore the model, or train it again."
+                )
+        return GraphDecoder(self.checkpoint, kernel, capacity=CAPACITY, threads=self.threads)
 
 
-def load(path: str | PathLike[str]) -> Model:
+def load(path: str | PathLike[str], *, threads: int | None = None) -> Model:
     """Load the model in a folder, such as models/demo; everything is verified before use.
 
-    Raises `ModelMissingError` when there is none and `CheckpointError` when it does not verify.
+    `threads` is how many processor threads a step uses, by default as many as the process may run
+    on; it changes no text. Raises `ModelMissingError` when there is no model and `CheckpointError`
+    when it does not verify.
     """
-    return Model(checkpoints.load(Path(path)))
+    return Model(checkpoints.load(Path(path)), threads=threads)
 
 
-def resolve_precision(asked: Precision) -> Literal["float32"]:
-    """The arithmetic a request gets: the one place that decides, for every way to ask."""
-    del asked  # float32 is both what "auto" comes to and the only other choice
-    return "float32"
+def available_threads() -> int:
+    """Processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def draw_seed() -> int:
+    """A seed for a request that names none."""
+    return secrets.randbelow(SEED_LIMIT)
+
+
+def opening_logits(token_counts: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What a text begins with that has nothing before it: the corpus's own frequencies."""
+    with np.errstate(divide="ignore"):  # log 0 is -inf: what never occurred is not drawn
+        return np.log(token_counts.astype(np.float64)).astype(np.float32)
+
+
+def _finish(stream: Stream) -> Generation:
+    """The whole text; where the wait for it is broken off, so is the writing."""
+    try:
+        return stream.result()
+    except BaseException:
+        stream.close()
+        raise
 
 
 def _merge(params: SamplingParams | None, options: SamplingOptions) -> SamplingParams:

@@ -7,13 +7,14 @@ what they say.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict, get_args
 
 from charloom.errors import OptionError
 from charloom.tokenizer import UNKNOWN_POLICIES, UnknownPolicy
 
-Precision = Literal["auto", "float32"]
+Precision = Literal["auto", "int8", "float32"]
 
 SEED_LIMIT = 2**53
 """Seeds lie below it, so that a JSON number carries every one of them exactly."""
@@ -24,6 +25,10 @@ CHOICE_LIMIT = 2**32
 STOPS_LIMIT = 64
 STOP_LENGTH_LIMIT = 500
 """Bounds on the stop matcher's table, which holds every prefix of every stop string."""
+
+PENALTY_LIMIT = 2.0
+BIAS_LIMIT = 100.0
+"""Bounds of OpenAI's API, which clients know."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +71,42 @@ class SamplingParams:
             "likely (below 1)."
         },
     )
+    frequency_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "Lower a token's logit by this for every time that prompt or text hold it; "
+            "negative values raise it."
+        },
+    )
+    presence_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "Lower a token's logit by this once prompt or text hold it; negative values "
+            "raise it."
+        },
+    )
+    typical_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw from the tokens whose surprise is nearest to the mean surprise and that "
+            "together have this probability."
+        },
+    )
+    logit_bias: Mapping[str | int, float] | None = field(
+        default=None,
+        metadata={
+            "help": "Add to the logit of a token, named by its text (or in Python by its number): "
+            "-100 forbids it, 100 all but demands it.",
+            "metavar": "TEXT=BIAS",
+        },
+    )
+    logprobs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Give each token's log-probability, before and after these options, and those "
+            "of this many most likely tokens."
+        },
+    )
     seed: int | None = field(
         default=None,
         metadata={
@@ -88,8 +129,8 @@ class SamplingParams:
     precision: Precision = field(
         default="auto",
         metadata={
-            "help": "Arithmetic of the network's step; auto takes the fastest that the model "
-            "supports."
+            "help": "Arithmetic of the network's step; auto is int8 where this processor computes "
+            "it exactly, else float32."
         },
     )
 
@@ -112,6 +153,16 @@ class SamplingParams:
             problems += _number(
                 "repetition_penalty", self.repetition_penalty, least=0.01, most=100.0
             )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            if value is not None:
+                problems += _number(name, value, least=-PENALTY_LIMIT, most=PENALTY_LIMIT)
+        if self.typical_p is not None:
+            problems += _number("typical_p", self.typical_p, above=0.0, most=1.0)
+        if self.logit_bias is not None:
+            problems += _biases(self.logit_bias)
+        if self.logprobs is not None:
+            problems += _whole("logprobs", self.logprobs, least=0)
         if self.seed is not None:
             problems += _whole("seed", self.seed, least=0, most=SEED_LIMIT - 1)
         if problems:
@@ -127,6 +178,11 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    typical_p: float | None
+    logit_bias: Mapping[str | int, float] | None
+    logprobs: int | None
     seed: int | None
     stop: tuple[str, ...]
     n: int
@@ -186,6 +242,22 @@ def _stops(value: object) -> list[str]:
         problems.append(
             f"stop holds a text of {longest} characters; give at most {STOP_LENGTH_LIMIT}."
         )
+    return problems
+
+
+def _biases(value: object) -> list[str]:
+    if not isinstance(value, Mapping):
+        return [
+            f"logit_bias is {value!r}; give a mapping of tokens to numbers, such as {{'e': -5}}."
+        ]
+    problems = []
+    for token, bias in value.items():
+        is_token = isinstance(token, str) or (type(token) is int and token >= 0)
+        if not is_token or token == "":
+            problems.append(
+                f"logit_bias holds {token!r}; name a token by its text or by its number from 0."
+            )
+        problems += _number(f"logit_bias of {token!r}", bias, least=-BIAS_LIMIT, most=BIAS_LIMIT)
     return problems
 
 

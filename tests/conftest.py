@@ -1,6 +1,9 @@
 """What holds for every test: stable properties, and nothing of the user's is read or written."""
 
-from collections.abc import Iterator
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,3 +23,9 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("CHARLOOM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("CHARLOOM_MODELS", raising=False)
         yield
+
+
+@pytest.fixture(scope="session")
+def cell_decoder() -> Callable[..., Any]:
+    """The readable network as a decoder: architecture, tensors, `capacity=`."""
+    return runpy.run_path(str(Path(__file__).parent / "cell_decoder.py"))["CellDecoder"]

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from charloom.architecture import CELLS, Architecture, Cell
 from charloom.cell import Floats, Layer, Network, lstm, product, sigmoid
-from charloom.decoding.decoder import TABLE_LIMIT, CellDecoder
 
 STEPS = 200
 
@@ -227,14 +226,14 @@ def test_sigmoid_is_stable() -> None:
 def test_a_row_has_the_same_bits_alone_and_in_a_crowd(cell: Cell) -> None:
     """Logits and states of each of 64 rows equal those of the row stepped alone, bit for bit."""
     architecture = Architecture(cell=cell, vocabulary=67, embedding=96, hidden=96, layers=2)
-    decoder = CellDecoder(Network.from_tensors(architecture, random_tensors(architecture)))
+    network = Network.from_tensors(architecture, random_tensors(architecture))
     tokens_TB = random_tokens(architecture, 10, 64)
-    state = decoder.initial_state(64)
-    alone = [decoder.initial_state(1) for _ in range(64)]
+    state = network.initial_state(64)
+    alone = [network.initial_state(1) for _ in range(64)]
     for tokens_B in tokens_TB:
-        logits, state = decoder.step(tokens_B, state)
+        logits, state = network.step(tokens_B, state)
         for row in range(64):
-            row_logits, alone[row] = decoder.step(tokens_B[row : row + 1], alone[row])
+            row_logits, alone[row] = network.step(tokens_B[row : row + 1], alone[row])
             assert row_logits.tobytes() == logits[row].tobytes()
             assert alone[row].tobytes() == state[:, :, row].tobytes()
 
@@ -244,18 +243,17 @@ import hashlib
 import numpy as np
 from charloom.architecture import Architecture
 from charloom.cell import Network
-from charloom.decoding.decoder import CellDecoder
 architecture = Architecture(cell="lstm", vocabulary=67, embedding=256, hidden=256, layers=2)
 rng = np.random.default_rng(0)
 tensors = {
     name: (rng.random(shape, np.float32) - 0.5) / 8
     for name, shape in architecture.tensor_shapes().items()
 }
-decoder = CellDecoder(Network.from_tensors(architecture, tensors))
-state = decoder.initial_state(4)
+network = Network.from_tensors(architecture, tensors)
+state = network.initial_state(4)
 digest = hashlib.sha256()
 for token in range(60):
-    logits, state = decoder.step(np.full(4, token, np.int32), state)
+    logits, state = network.step(np.full(4, token, np.int32), state)
     digest.update(logits.tobytes())
 print(digest.hexdigest())
 """
@@ -276,42 +274,13 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_input_table_changes_no_bit(cell: Cell) -> None:
-    """The decoder with its table of folded inputs gives the bits of the network without one."""
-    architecture = Architecture(cell=cell, vocabulary=31, embedding=24, hidden=40, layers=2)
-    network = Network.from_tensors(architecture, random_tensors(architecture))
-    decoder = CellDecoder(network)
-    state, table_state = network.initial_state(3), decoder.initial_state(3)
-    for tokens_B in random_tokens(architecture, 20, 3):
-        logits, state = network.step(tokens_B, state)
-        table_logits, table_state = decoder.step(tokens_B, table_state)
-        assert logits.tobytes() == table_logits.tobytes()
-        assert state.tobytes() == table_state.tobytes()
-
-
-def test_a_vocabulary_beyond_the_table_is_stepped_without_it() -> None:
-    """A table larger than the limit is not made, and the logits are those of the network."""
-    architecture = Architecture(
-        cell="lstm", vocabulary=TABLE_LIMIT // 4 + 1, embedding=1, hidden=1, layers=1, tied=True
-    )
-    tensors = random_tensors(architecture)
-    network = Network.from_tensors(architecture, tensors)
-    decoder = CellDecoder(network)
-    tokens = np.array([architecture.vocabulary - 1], np.int32)
-    logits, _ = decoder.step(tokens, decoder.initial_state(1))
-    expected, _ = network.step(tokens, network.initial_state(1))
-    assert decoder.vocabulary_size == architecture.vocabulary
-    assert logits.tobytes() == expected.tobytes()
-
-
 def test_a_step_leaves_the_state_it_was_given_alone() -> None:
     """The state after a prompt can be continued more than once."""
     architecture = Architecture(cell="lstm", vocabulary=5, embedding=8, hidden=8, layers=2)
-    decoder = CellDecoder(Network.from_tensors(architecture, random_tensors(architecture)))
-    _, state = decoder.step(np.array([1], np.int32), decoder.initial_state(1))
+    network = Network.from_tensors(architecture, random_tensors(architecture))
+    _, state = network.step(np.array([1], np.int32), network.initial_state(1))
     before = state.copy()
-    first, _ = decoder.step(np.array([2], np.int32), state)
-    second, _ = decoder.step(np.array([2], np.int32), state)
+    first, _ = network.step(np.array([2], np.int32), state)
+    second, _ = network.step(np.array([2], np.int32), state)
     assert state.tobytes() == before.tobytes()
     assert first.tobytes() == second.tobytes()

@@ -84,6 +84,11 @@ def test_none_is_refused_where_it_means_nothing() -> None:
     )
 
 
+def test_sentencepiece_is_unigram() -> None:
+    """The library's name and that of its usual kind are one choice, so one corpus."""
+    assert CorpusOptions(tokenizer="sentencepiece") == CorpusOptions(tokenizer="unigram")
+
+
 def test_identity_leaves_out_what_only_says_how_to_read() -> None:
     """Field and encoding lead to a text; that text, and not they, identifies a corpus."""
     one = CorpusOptions(encoding="cp1252", field="a")

@@ -9,7 +9,7 @@ import torch
 from charloom.architecture import Architecture
 from charloom.tokenizer import CharacterTokenizer
 from training.corpus import Split
-from training.evaluation import WINDOW, Protocol, evaluate
+from training.evaluation import PROTOCOLS, WINDOW, Protocol, evaluate
 from training.network import Network
 
 TOKENIZER = CharacterTokenizer("abcdefgh")
@@ -120,6 +120,55 @@ def test_an_unknown_character_costs_the_choice_among_all_others() -> None:
 
     assert (plain.unknown, loss.unknown) == (0, 1)
     assert loss.nats == pytest.approx(slow_nats(model, tokens) + math.log(0x110000 - 8), rel=1e-5)
+
+
+def encoded(words: str) -> Split:
+    """What a corpus makes of a text: characters that are not known become the unknown token."""
+    return Split(
+        tokens=TOKENIZER.encode(words, unknown="replace").astype(np.uint8),
+        boundaries=None,
+        characters=len(words),
+        bytes=len(words.encode()),
+    )
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [("abcxyz" * 200, 1199), ("abcdéñ" * 200, 1599), ("abcd語é" * 200, 1799)],
+)
+def test_unknown_characters_count_the_bytes_they_have(
+    protocol: Protocol, words: str, size: int
+) -> None:
+    """All bytes but the first character's are counted, whatever the unknown ones take."""
+    loss = evaluate(network(), encoded(words), TOKENIZER, protocol=protocol)
+
+    assert loss.unknown > 0
+    assert loss.bytes == size
+    assert loss.bits_per_byte == pytest.approx(loss.bits_per_character * 1199 / size)
+
+
+def test_unknown_characters_of_a_part_count_the_mean_of_the_whole() -> None:
+    """Of a text half read, each of 341 unknown characters counts the two bytes they have."""
+    split = encoded("abé" * 4096)
+
+    loss = evaluate(network(), split, TOKENIZER, protocol="stateful", limit=1024)
+
+    assert (loss.tokens, loss.unknown, loss.bytes) == (1024, 341, 683 + 2 * 341)
+
+
+def test_a_measurement_can_be_ended_before_each_batch() -> None:
+    """A text of three batches asks three times, and what is raised then comes out."""
+    asked: list[None] = []
+
+    def grow_impatient() -> None:
+        asked.append(None)
+        if len(asked) == 3:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        evaluate(network(), text(2500), TOKENIZER, protocol="stateful", between=grow_impatient)
+    assert len(asked) == 3
 
 
 def test_bits_per_byte_counts_utf8_bytes() -> None:

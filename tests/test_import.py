@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,13 +58,17 @@ def test_the_public_names_load_neither_torch_nor_flask() -> None:
 
 
 def test_help_imports_no_command() -> None:
-    """`charloom --help` loads neither NumPy nor torch nor any command."""
+    """`charloom --help` loads neither NumPy nor a runtime nor torch nor any command."""
     loaded = modules_after(RUN_COMMAND, ["--help"])
-    assert loaded.isdisjoint({"numpy", "torch", "flask", "training"})
+    assert "click" in loaded
+    assert loaded.isdisjoint({"numpy", "onnx", "onnxruntime", "torch", "flask", "training"})
 
 
-def test_sampling_imports_neither_torch_nor_flask(tmp_path: Path) -> None:
-    """`charloom sample` writes a text without any package of an extra."""
+@pytest.mark.parametrize("command", [["sample", "tiny", "a"], ["score", "tiny", os.devnull]])
+def test_writing_and_scoring_import_neither_torch_nor_flask(
+    command: Sequence[str], tmp_path: Path
+) -> None:
+    """`charloom sample` and `charloom score` work without any package of an extra."""
     tokenizer = CharacterTokenizer("ab")
     architecture = Architecture(
         cell="gru", vocabulary=tokenizer.vocabulary_size, embedding=2, hidden=3, layers=1
@@ -81,8 +86,8 @@ def test_sampling_imports_neither_torch_nor_flask(tmp_path: Path) -> None:
             summary={},
             trainer=None,
         )
-    loaded = modules_after(RUN_COMMAND, ["--models", str(tmp_path), "sample", "tiny", "a"])
-    assert "numpy" in loaded
+    loaded = modules_after(RUN_COMMAND, ["--models", str(tmp_path), *command])
+    assert {"numpy", "onnxruntime"} <= loaded
     assert loaded.isdisjoint({"torch", "flask", "training", "matplotlib"})
 
 
@@ -109,7 +114,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 def test_every_command_loads_and_is_described_as_it_describes_itself() -> None:
     """What `charloom --help` says of a command, without loading it, is its own first sentence."""
-    assert list(main.commands) == ["train", "sample", "evaluate", "models"]
+    assert list(main.commands) == ["train", "sample", "score", "evaluate", "models"]
     for stub in main.commands.values():
         assert isinstance(stub, LazyCommand)
         command = stub.load()

@@ -1,8 +1,11 @@
 import itertools
-from collections.abc import Mapping
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,12 +13,20 @@ from numpy.typing import NDArray
 
 import charloom
 from charloom.architecture import Architecture
-from charloom.cell import Floats, State
+from charloom.cell import Floats, Network, State
 from charloom.checkpoint import Checkpoint, ModelWriter
-from charloom.decoding.sampling import uniforms
-from charloom.errors import ModelError, ModelMissingError, OptionError, UnknownTextError
+from charloom.decoding.draws import uniforms
+from charloom.decoding.request import Handle
+from charloom.errors import (
+    CheckpointError,
+    ClosedError,
+    ModelError,
+    ModelMissingError,
+    OptionError,
+    UnknownTextError,
+)
 from charloom.model import Model, Stream
-from charloom.params import CHOICE_LIMIT, SEED_LIMIT, SamplingParams
+from charloom.params import CHOICE_LIMIT, SEED_LIMIT, Precision, SamplingParams
 from charloom.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
 
 LETTERS = CharacterTokenizer("abcdefgh ")
@@ -56,26 +67,44 @@ def make_checkpoint(
 
 
 class ScriptedDecoder:
-    """Says what it is told: after n tokens read it is certain of `script[n - 1]`.
+    """Says what it is told: after n tokens of a row it is certain of `script[n - 1]`.
 
-    Its state counts the tokens read; `read` lists them.
+    A row's state counts the tokens read; `read_tokens` lists those of all rows. Beyond the script's
+    end, where a text that has ended may be stepped on, its last word is said again.
     """
 
-    def __init__(self, vocabulary_size: int, script: list[int]) -> None:
+    def __init__(self, vocabulary_size: int, script: list[int], *, capacity: int = 8) -> None:
         self.vocabulary_size = vocabulary_size
+        self.capacity = capacity
         self.script = script
-        self.read: list[int] = []
+        self.read_tokens: list[int] = []
+        self._fed = np.zeros(capacity, np.int64)
 
-    def initial_state(self, rows: int) -> State:
+    def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The next word of the script for each row."""
+        self.read_tokens += tokens_B.tolist()
+        rows = np.arange(len(tokens_B))
+        places = np.minimum(self._fed[rows], len(self.script) - 1)
+        logits = np.full((len(rows), self.vocabulary_size), -100, np.float32)
+        logits[rows, np.array(self.script)[places]] = 100
+        self._fed[rows] += 1
+        return logits
+
+    def read(self, row: int) -> State:
+        """How many tokens a row has read."""
+        return np.full((1, 1, 1), self._fed[row], np.float32)
+
+    def write(self, row: int, state_LPH: State) -> None:
+        """Let a row have read as many."""
+        self._fed[row] = int(state_LPH[0, 0, 0])
+
+    def clear(self, row: int) -> None:
         """Nothing read yet."""
-        return np.zeros((1, 1, rows, 1), np.float32)
+        self._fed[row] = 0
 
-    def step(self, tokens: NDArray[np.int32], state: State) -> tuple[NDArray[np.float32], State]:
-        """The next word of the script."""
-        self.read += tokens.tolist()
-        logits = np.full((1, self.vocabulary_size), -100, np.float32)
-        logits[0, self.script[int(state[0, 0, 0, 0])]] = 100
-        return logits, state + 1
+    def move(self, source: int, target: int) -> None:
+        """Let one row have read what another has."""
+        self._fed[target] = self._fed[source]
 
 
 def scripted(
@@ -85,7 +114,8 @@ def scripted(
     tokens = LETTERS.encode(text_after_prompt).tolist() + [LETTERS.end] * end
     silent = len(prompt) - (documents == "none")
     decoder = ScriptedDecoder(LETTERS.vocabulary_size, [0] * silent + tokens)
-    return Model(make_checkpoint(documents=documents), decoder), decoder
+    model = Model(make_checkpoint(documents=documents), make_decoder=lambda _: decoder)
+    return model, decoder
 
 
 MODEL = Model(make_checkpoint())
@@ -111,12 +141,13 @@ def test_a_half_read_stream_still_gives_the_whole_result() -> None:
 
 
 def test_generation_equals_a_plain_loop() -> None:
-    """The text is the plain loop's: softmax, cumulative sum, and uniform p at position p."""
+    """The text is the plain loop's over the readable cell: softmax, cumulative sum, uniform p."""
     prompt = LETTERS.encode("hello".replace("l", "b").replace("o", "a")).tolist()
-    decoder = MODEL._decoder
-    state = decoder.initial_state(1)
+    checkpoint = make_checkpoint()
+    network = Network.from_tensors(checkpoint.architecture, checkpoint.tensors)
+    state = network.initial_state(1)
     for token in prompt:
-        logits, state = decoder.step(np.array([token], np.int32), state)
+        logits, state = network.step(np.array([token], np.int32), state)
     allowed = LETTERS.drawable(documents=False)
     expected: list[int] = []
     for position in range(len(prompt), len(prompt) + 50):
@@ -124,8 +155,8 @@ def test_generation_equals_a_plain_loop() -> None:
         shares = np.exp(scores - scores.max())
         (uniform,) = uniforms(99, 0, np.array([position]))
         expected.append(int(np.searchsorted(shares.cumsum() / shares.sum(), uniform, "right")))
-        logits, state = decoder.step(np.array(expected[-1:], np.int32), state)
-    result = MODEL.generate("hebba", max_tokens=50, temperature=0.7, seed=99)
+        logits, state = network.step(np.array(expected[-1:], np.int32), state)
+    result = MODEL.generate("hebba", max_tokens=50, temperature=0.7, seed=99, precision="float32")
     assert result.text == LETTERS.decode(expected)
     assert (result.prompt_tokens, result.generated_tokens) == (5, 50)
 
@@ -155,33 +186,51 @@ def test_a_seed_that_was_drawn_is_told() -> None:
 
 def test_choices_do_not_depend_on_their_number() -> None:
     """Choice k is the same text whether one, three or k + 1 are asked for, or it alone."""
-    three = [stream.result() for stream in MODEL.choices("ab", n=3, seed=4, max_tokens=30)]
+    three = list(MODEL.choices("ab", n=3, seed=4, max_tokens=30))
     assert [result.choice for result in three] == [0, 1, 2]
     assert len({result.text for result in three}) == 3
     assert [MODEL.generate("ab", seed=4, max_tokens=30, choice=k) for k in range(3)] == three
-    assert [stream.result() for stream in MODEL.choices("ab", seed=4, max_tokens=30)] == three[:1]
+    assert list(MODEL.choices("ab", seed=4, max_tokens=30)) == three[:1]
 
 
-def test_choices_may_be_taken_in_turns() -> None:
+def test_streams_may_be_taken_in_turns() -> None:
     """Streams of one prompt do not disturb each other."""
-    streams = list(MODEL.choices("ab", n=3, seed=4, max_tokens=30))
+    streams = [MODEL.stream("ab", seed=4, max_tokens=30, choice=k) for k in range(3)]
     texts = [""] * 3
     for pieces in itertools.zip_longest(*streams, fillvalue=""):
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     assert texts == [MODEL.generate("ab", seed=4, max_tokens=30, choice=k).text for k in range(3)]
 
 
+def test_more_choices_than_rows_come_in_order() -> None:
+    """Those beyond the rows wait for one, and each is the text it would be alone."""
+    decoder = ScriptedDecoder(LETTERS.vocabulary_size, LETTERS.encode("abcab").tolist(), capacity=3)
+    model = Model(make_checkpoint(), make_decoder=lambda _: decoder)
+    results = list(model.choices("h", n=20, max_tokens=5))
+    assert [result.choice for result in results] == list(range(20))
+    assert {result.text for result in results} == {"abcab"}
+
+
 def test_choices_without_a_seed_share_one() -> None:
     """One seed is drawn for a request, not for each choice."""
-    assert len({stream.seed for stream in MODEL.choices("a", n=4, max_tokens=1)}) == 1
+    assert len({result.seed for result in MODEL.choices("a", n=4, max_tokens=1)}) == 1
 
 
 def test_the_prompt_is_read_once_for_all_choices() -> None:
-    """Each token of the prompt is stepped once, and each choice steps its own text."""
-    model, decoder = scripted("abc", prompt="hg")
-    for stream in model.choices("hg", n=3, max_tokens=3):
-        assert stream.result().text == "abc"
-    assert decoder.read == LETTERS.encode("hg" + "ab" * 3).tolist()
+    """All of it but its last token is stepped once; each choice steps that and its own text."""
+    model, decoder = scripted("abc", prompt="hegf")
+    for result in model.choices("hegf", n=3, max_tokens=3):
+        assert result.text == "abc"
+    assert sorted(decoder.read_tokens) == sorted(LETTERS.encode("heg" + "fab" * 3).tolist())
+
+
+def test_a_prompt_that_was_read_before_is_not_read_again() -> None:
+    """A later request with the same prompt goes on from its kept state."""
+    model, decoder = scripted("ab", prompt="hegf")
+    model.generate("hegf", max_tokens=2)
+    decoder.read_tokens.clear()
+    assert model.generate("hegf", max_tokens=2).text == "ab"
+    assert decoder.read_tokens == LETTERS.encode("fa").tolist()
 
 
 def test_a_text_can_be_continued() -> None:
@@ -205,21 +254,21 @@ def test_each_token_is_stepped_once_and_the_last_not_at_all() -> None:
     """The cost of a character does not grow with the text, and nothing is computed for later."""
     model, decoder = scripted("abcd", prompt="he")
     assert model.generate("he", max_tokens=4).text == "abcd"
-    assert decoder.read == LETTERS.encode("heabc").tolist()
+    assert decoder.read_tokens == LETTERS.encode("heabc").tolist()
 
 
 def test_a_model_of_documents_reads_its_end_token_first() -> None:
     """The prompt stands at the start of a document, as it did in training."""
     model, decoder = scripted("ab", prompt="he", documents="lines")
     assert model.generate("he", max_tokens=2).text == "ab"
-    assert decoder.read == [LETTERS.end, *LETTERS.encode("hea").tolist()]
+    assert decoder.read_tokens == [LETTERS.end, *LETTERS.encode("hea").tolist()]
 
 
 def test_a_model_of_documents_starts_an_empty_prompt_from_its_end_token() -> None:
     """Nothing given means a whole new document."""
     model, decoder = scripted("abc", documents="files")
     assert model.generate(max_tokens=3).text == "abc"
-    assert decoder.read == [LETTERS.end, *LETTERS.encode("ab").tolist()]
+    assert decoder.read_tokens == [LETTERS.end, *LETTERS.encode("ab").tolist()]
 
 
 def test_the_end_token_ends_a_document() -> None:
@@ -241,7 +290,7 @@ def test_an_empty_prompt_draws_from_the_token_counts() -> None:
     """The first character comes as often as in the training text; what it lacks never comes."""
     model = Model(make_checkpoint(token_counts={"a": 700, "c": 300}))
     count = 2000
-    first = [stream.result().text for stream in model.choices(n=count, max_tokens=1, seed=0)]
+    first = [result.text for result in model.choices(n=count, max_tokens=1, seed=0)]
     assert set(first) == {"a", "c"}
     spread = (count * 0.7 * 0.3) ** 0.5
     assert abs(first.count("a") - 0.7 * count) < 4 * spread
@@ -255,12 +304,28 @@ def test_a_model_of_nothing_says_so() -> None:
     assert model.generate("a", max_tokens=2).generated_tokens == 2
 
 
-def test_damaged_weights_are_a_sentence() -> None:
-    """A network that gives NaN ends with an error, not with a text."""
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_damaged_weights_are_a_sentence(precision: Precision) -> None:
+    """Weights that are no numbers end with an error, not with a text, in 8 bits too."""
     checkpoint = make_checkpoint()
     damaged = {name: np.full_like(tensor, np.nan) for name, tensor in checkpoint.tensors.items()}
-    with pytest.raises(ModelError, match="is nan; its weights are damaged"):
-        Model(make_checkpoint(tensors=damaged)).generate("a")
+    model = Model(make_checkpoint(tensors=damaged))
+    with pytest.raises(CheckpointError, match="not finite: its weights are damaged"):
+        model.generate("a", precision=precision)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_are_a_sentence(value: float) -> None:
+    """A network that overflows in its step ends with an error, not with a text."""
+
+    class OverflowingDecoder(ScriptedDecoder):
+        def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
+            return np.full_like(super().step(tokens_B), value)
+
+    decoder = OverflowingDecoder(LETTERS.vocabulary_size, [0])
+    model = Model(make_checkpoint(), make_decoder=lambda _: decoder)
+    with pytest.raises(ModelError, match=r"none has a finite logit.*weights are damaged"):
+        model.generate("a")
 
 
 def test_no_tokens_asked_for_gives_an_empty_text() -> None:
@@ -294,21 +359,20 @@ def test_unknown_characters_can_be_replaced_or_skipped() -> None:
         model, decoder = scripted("a", prompt="a" if policy == "skip" else "aé")
         options: dict[str, Any] = {"unknown": policy, "max_tokens": 1}
         assert model.generate("aé", **options).text == "a"
-        assert decoder.read == [*LETTERS.encode("a").tolist(), *read]
+        assert decoder.read_tokens == [*LETTERS.encode("a").tolist(), *read]
 
 
 def test_the_penalty_counts_prompt_and_text() -> None:
     """With logits 3 for a and 2 for b, penalty 2 makes the most likely text alternate."""
 
     class ConstantDecoder(ScriptedDecoder):
-        def step(
-            self, tokens: NDArray[np.int32], state: State
-        ) -> tuple[NDArray[np.float32], State]:
-            logits, state = super().step(tokens, state)
-            logits[0, LETTERS.encode("ab")] = 3, 2
-            return logits, state
+        def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
+            logits = super().step(tokens_B)
+            logits[:, LETTERS.encode("ab")] = 3, 2
+            return logits
 
-    model = Model(make_checkpoint(), ConstantDecoder(LETTERS.vocabulary_size, [0] * 9))
+    decoder = ConstantDecoder(LETTERS.vocabulary_size, [0])
+    model = Model(make_checkpoint(), make_decoder=lambda _: decoder)
     options = SamplingParams(temperature=0, repetition_penalty=2, max_tokens=3)
     assert model.generate("c", options).text == "aba"  # 3; 1.5 < 2; then both are halved
     assert model.generate("a", options).text == "baa"
@@ -334,7 +398,7 @@ def test_options_out_of_range_come_before_any_work() -> None:
     model, decoder = scripted("abc", prompt="a")
     with pytest.raises(OptionError, match="temperature is -1"):
         model.choices("a", temperature=-1)
-    assert decoder.read == []
+    assert decoder.read_tokens == []
 
 
 def test_a_misspelt_option_is_refused() -> None:
@@ -351,10 +415,112 @@ def test_keywords_go_over_params() -> None:
 
 
 def test_the_answer_says_which_precision() -> None:
-    """Whatever was asked, the result names the arithmetic used."""
-    for precision in ("auto", "float32"):
-        options: dict[str, Any] = {"precision": precision}
-        assert MODEL.generate("a", max_tokens=1, **options).precision == "float32"
+    """Whatever was asked, the result names the arithmetic used; "auto" is one of the two."""
+    named = {
+        precision: MODEL.generate("a", max_tokens=1, precision=precision).precision
+        for precision in get_args(Precision)
+    }
+    assert named["int8"] == "int8"
+    assert named["float32"] == "float32"
+    assert named["auto"] in ("int8", "float32")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.0, True])
+def test_threads_out_of_range_are_named(threads: Any) -> None:
+    """A model is not opened with a number of threads that cannot be."""
+    with pytest.raises(OptionError, match=r"threads is .*give a whole number of at least 1"):
+        Model(make_checkpoint(), threads=threads)
+
+
+def test_a_stream_that_is_closed_ends() -> None:
+    """It gives no further piece, tells no reason, and says so when asked for the whole text."""
+    stream = MODEL.stream("a", max_tokens=10**8)
+    assert next(stream)
+    stream.close()
+    for _ in stream:  # what was written before the engine heard of it
+        pass
+    assert stream.finish_reason is None
+    with pytest.raises(ClosedError, match="closed before its text had ended"):
+        stream.result()
+
+
+def test_a_stream_that_is_forgotten_is_written_no_further() -> None:
+    """Its row is free for the next text at once."""
+    decoder = ScriptedDecoder(LETTERS.vocabulary_size, LETTERS.encode("a").tolist(), capacity=1)
+    model = Model(make_checkpoint(), make_decoder=lambda _: decoder)
+    stream = model.stream("h", max_tokens=10**9)
+    assert next(stream)
+    del stream
+    assert model.generate("h", max_tokens=3).text == "aaa"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda model: model.generate("h", max_tokens=10**9),
+        lambda model: list(model.choices("h", max_tokens=10**9, n=3)),
+    ],
+    ids=["generate", "choices"],
+)
+def test_a_text_that_is_no_longer_waited_for_is_written_no_further(
+    write: Callable[[Model], Any],
+) -> None:
+    """After Ctrl-C the rows are free, even while the traceback is kept, as a notebook does."""
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+
+    class InterruptingDecoder(ScriptedDecoder):
+        is_patient = True
+
+        def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
+            # Once, and only when the text is really waited for.
+            is_waited_for = sys._current_frames()[main_thread].f_code is Handle.__iter__.__code__
+            if self.is_patient and is_waited_for:
+                self.is_patient = False
+                signal.pthread_kill(main_thread, signal.SIGINT)
+            return super().step(tokens_B)
+
+    decoder = InterruptingDecoder(LETTERS.vocabulary_size, LETTERS.encode("a").tolist(), capacity=1)
+    model = Model(make_checkpoint(), make_decoder=lambda _: decoder)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        write(model)
+    assert model.generate("h", max_tokens=3).text == "aaa"
+    assert kept.tb is not None
+
+
+def test_a_bias_names_a_token_by_text_or_number() -> None:
+    """Both forms mean the same token: one makes it certain, the other forbids it."""
+    number = int(LETTERS.encode("c")[0])
+    for name in ("c", number):
+        assert MODEL.generate("a", logit_bias={name: 100}, max_tokens=5, seed=0).text == "ccccc"
+        forbidden = MODEL.generate("a", logit_bias={name: -100}, max_tokens=200, seed=0).text
+        assert "c" not in forbidden
+
+
+@pytest.mark.parametrize("name", ["ab", "é", "\ud800", LETTERS.vocabulary_size])
+def test_a_bias_of_what_is_no_token_is_named(name: str | int) -> None:
+    """Text of several tokens, unknown text and numbers beyond the vocabulary are one sentence."""
+    with pytest.raises(OptionError) as caught:
+        MODEL.generate("a", logit_bias={"a": 1.0, name: 1.0})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"logit_bias names {name!r}, which is not one token of this model;")
+
+
+def test_log_probabilities_are_given_where_asked_for() -> None:
+    """Each drawn token has its own and as many alternatives as asked, and nothing unasked."""
+    assert MODEL.generate("a", max_tokens=5, seed=0).logprobs is None
+    result = MODEL.generate("a", max_tokens=5, seed=0, logprobs=2)
+    assert result.logprobs is not None
+    assert tuple(result.logprobs.tokens_N) == result.tokens
+    assert result.logprobs.top_NT.shape == (5, 2)
+    assert (result.logprobs.logprobs_N < 0).all()
+
+
+def test_texts_with_log_probabilities_can_be_compared() -> None:
+    """Two results are equal when everything in them is, arrays included."""
+    options = SamplingParams(max_tokens=5, seed=0, logprobs=2)
+    assert MODEL.generate("a", options) == MODEL.generate("a", options)
+    assert MODEL.generate("a", options) != MODEL.generate("a", options, top_k=1)
 
 
 @pytest.mark.parametrize("prompt", ["春眠不覺曉", "مرحبا", "👩‍👩‍👧‍👦", "a\r\nb\tc\0", "e\u0301"])

@@ -5,6 +5,8 @@ import pytest
 
 from charloom.errors import OptionError
 from charloom.params import (
+    BIAS_LIMIT,
+    PENALTY_LIMIT,
     SEED_LIMIT,
     STOP_LENGTH_LIMIT,
     STOPS_LIMIT,
@@ -29,8 +31,26 @@ def test_keyword_options_are_the_fields() -> None:
 
 def test_zero_is_a_value() -> None:
     """Zero is what it says wherever it is allowed, and never stands for "not given"."""
-    params = SamplingParams(temperature=0, max_tokens=0, seed=0, min_p=0.0)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=0,
+        seed=0,
+        min_p=0.0,
+        frequency_penalty=0,
+        presence_penalty=0.0,
+        logprobs=0,
+        logit_bias={0: 0},
+    )
     assert (params.temperature, params.max_tokens, params.seed, params.min_p) == (0, 0, 0, 0.0)
+    assert (params.frequency_penalty, params.presence_penalty, params.logprobs) == (0, 0.0, 0)
+    assert params.logit_bias == {0: 0}
+
+
+def test_what_is_not_given_is_none() -> None:
+    """Only options with a neutral value have a number by default."""
+    params = SamplingParams()
+    given = {name for name in get_type_hints(SamplingParams) if getattr(params, name) is not None}
+    assert given == {"max_tokens", "temperature", "stop", "n", "unknown", "precision"}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +66,18 @@ def test_zero_is_a_value() -> None:
         {"min_p": 1.0},
         {"repetition_penalty": 0.01},
         {"repetition_penalty": 100},
+        {"frequency_penalty": -PENALTY_LIMIT},
+        {"frequency_penalty": PENALTY_LIMIT},
+        {"presence_penalty": -2},
+        {"presence_penalty": 2},
+        {"typical_p": 5e-324},
+        {"typical_p": 1},
+        {"logit_bias": {}},
+        {"logit_bias": {"e": BIAS_LIMIT, "the": -BIAS_LIMIT, 0: 0, 10**9: 1.5}},
+        {"logprobs": 0},
+        {"logprobs": 10**9},
+        {"precision": "int8"},
+        {"precision": "float32"},
         {"seed": SEED_LIMIT - 1},
         {"stop": ("x" * STOP_LENGTH_LIMIT,) * STOPS_LIMIT},
         {"n": 2**32},
@@ -77,6 +109,32 @@ def test_limits_are_allowed(options: dict[str, Any]) -> None:
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", 101),
+        ("frequency_penalty", -2.01),
+        ("frequency_penalty", 2.01),
+        ("frequency_penalty", float("nan")),
+        ("frequency_penalty", True),
+        ("presence_penalty", -3),
+        ("presence_penalty", "1"),
+        ("presence_penalty", float("inf")),
+        ("typical_p", 0.0),
+        ("typical_p", 1.1),
+        ("typical_p", float("nan")),
+        ("logit_bias", [("e", 1)]),
+        ("logit_bias", "e"),
+        ("logit_bias", {"": 1}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {True: 1}),
+        ("logit_bias", {1.5: 1}),
+        ("logit_bias", {None: 1}),
+        ("logit_bias", {"e": 100.5}),
+        ("logit_bias", {"e": -101}),
+        ("logit_bias", {"e": float("nan")}),
+        ("logit_bias", {7: float("-inf")}),
+        ("logit_bias", {"e": None}),
+        ("logit_bias", {"e": True}),
+        ("logprobs", -1),
+        ("logprobs", 1.0),
+        ("logprobs", True),
         ("seed", -1),
         ("seed", SEED_LIMIT),
         ("stop", "text"),
@@ -89,6 +147,7 @@ def test_limits_are_allowed(options: dict[str, Any]) -> None:
         ("n", 2**32 + 1),
         ("unknown", "ignore"),
         ("precision", "int4"),
+        ("precision", None),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_remedy(name: str, value: object) -> None:
@@ -98,7 +157,7 @@ def test_a_value_out_of_range_is_named_with_its_remedy(name: str, value: object)
         SamplingParams(**options)
     (problem,) = caught.value.problems
     assert problem.startswith(f"{name} ")
-    assert "give" in problem or "choose" in problem or "leave" in problem
+    assert any(remedy in problem for remedy in ("give", "choose", "leave", "name a token"))
 
 
 def test_a_sentence_in_full() -> None:
@@ -106,6 +165,40 @@ def test_a_sentence_in_full() -> None:
     with pytest.raises(OptionError) as caught:
         SamplingParams(top_p=1.5)
     assert str(caught.value) == "top_p is 1.5; give a finite number above 0 and at most 1."
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"logit_bias": {"e": 101}},
+            "logit_bias of 'e' is 101; give a finite number of at least -100 and at most 100.",
+        ),
+        (
+            {"logit_bias": {-1: 0}},
+            "logit_bias holds -1; name a token by its text or by its number from 0.",
+        ),
+        (
+            {"frequency_penalty": 3},
+            "frequency_penalty is 3; give a finite number of at least -2 and at most 2.",
+        ),
+        ({"precision": "int4"}, "precision is 'int4'; choose one of auto, int8, float32."),
+    ],
+)
+def test_sentences_of_penalties_biases_and_precision(
+    options: dict[str, Any], sentence: str
+) -> None:
+    """A bias is told with the token it belongs to, and a choice with all there are."""
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(**options)
+    assert str(caught.value) == sentence
+
+
+def test_every_bias_out_of_range_is_told() -> None:
+    """Each token of a mapping has its own sentence."""
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(logit_bias={"a": 200, "b": 1, "": 0, "c": -200})
+    assert len(caught.value.problems) == 3
 
 
 def test_all_problems_are_told_at_once() -> None:

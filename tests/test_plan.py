@@ -1,14 +1,29 @@
 """The plan: what it settles, and what it refuses."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from charloom.architecture import Architecture
 from charloom.errors import OptionError
+from training.batches import Batch, Batches
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, EncodedCorpus, prepare_corpus
-from training.plan import EVALUATIONS, Plan, choose_device, make_plan
+from training.plan import (
+    EVALUATIONS,
+    Plan,
+    calibrate,
+    choose_device,
+    choose_precision,
+    make_plan,
+    memory_needed,
+)
+from training.recurrence import Arithmetic
+
+SMALL = {"hidden": 8, "batch_size": 4, "sequence_length": 16, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> EncodedCorpus:
 
 
 def plan(corpus: EncodedCorpus, elapsed: float = 0.0, **changes: Any) -> Plan:
-    fields = {"hidden": 8, "batch_size": 4, "sequence_length": 16, "threads": 1}
-    return make_plan(TrainingOptions(**fields | changes), corpus, elapsed=lambda: elapsed)
+    return make_plan(TrainingOptions(**SMALL | changes), corpus, elapsed=lambda: elapsed)
 
 
 def test_steps_are_taken_as_given(corpus: EncodedCorpus) -> None:
@@ -48,6 +62,123 @@ def test_a_budget_too_short_for_a_step_is_refused(corpus: EncodedCorpus) -> None
     """The sentence names the minutes given and what would help."""
     with pytest.raises(OptionError, match=r"--minutes is 0\.02, too short.*give more minutes"):
         plan(corpus, minutes=0.02)
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> EncodedCorpus:
+    """44,000 characters to train on and as many held out."""
+    file = tmp_path_factory.mktemp("corpus") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog\n" * 2000, encoding="utf-8")
+    return prepare_corpus([str(file)], CorpusOptions(validation=0.5))
+
+
+def timed_plan(corpus: EncodedCorpus, precision: Arithmetic, **changes: Any) -> Plan:
+    """A plan for a machine on which a step of 64 tokens takes a second."""
+    return make_plan(
+        TrainingOptions(**SMALL | changes),
+        corpus,
+        elapsed=lambda: 7.0,
+        measure=lambda *_, **__: (precision, 1.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "steps", "windows", "stateful"),
+    [
+        # A token costs 0.4 / 64 s, in a lane of its own three times that.
+        ("float32", 5000, 32_000, 10_667),  # 4 % are 200 s
+        ("bfloat16", 5000, 16_000, 5_333),  # and measuring in float32 costs twice as much
+        ("float32", 100, 4096, 4096),  # 10 s would be 1,600 tokens: a figure needs more
+        ("float32", 10**6, 43_999, 43_999),  # all there is
+    ],
+)
+def test_the_last_figures_take_a_small_share_of_the_time_for_the_steps(
+    halved: EncodedCorpus, precision: Arithmetic, steps: int, windows: int, stateful: int
+) -> None:
+    """They read what four hundredths of it allow, each, but a few thousand tokens at least."""
+    made = timed_plan(halved, precision, steps=steps)
+
+    assert made.report_tokens["windows"] == pytest.approx(windows, rel=0.01)
+    assert made.report_tokens["stateful"] == pytest.approx(stateful, rel=0.01)
+
+
+def test_a_plan_expects_what_its_parts_take(halved: EncodedCorpus) -> None:
+    """Start, steps, sixteen evaluations of two networks, both last figures, and finishing."""
+    made = timed_plan(halved, "float32", steps=160)
+
+    token = 0.4 / 64
+    evaluations = 16 * 2 * 4096 * token
+    last = 4096 * token + 4096 * 3 * token
+    assert made.expected_seconds == pytest.approx(7 + 160 + evaluations + last + 4, rel=0.01)
+    assert made.finish_seconds == pytest.approx(last + 4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"float32": 1.0}, "float32"),
+        ({"bfloat16": 1.0}, "bfloat16"),
+        ({"float32": 1.0, "bfloat16": 2.0}, "float32"),
+        ({"float32": 1.1, "bfloat16": 1.0}, "float32"),
+        ({"float32": 1.25, "bfloat16": 1.0}, "bfloat16"),
+    ],
+)
+def test_bfloat16_is_taken_where_it_is_clearly_faster(
+    seconds: dict[Arithmetic, float], chosen: Arithmetic
+) -> None:
+    """A gain of a tenth may be chance, and chance must not decide what a seed trains."""
+    assert choose_precision(seconds) == chosen
+
+
+def test_sizes_beyond_the_memory_are_refused(corpus: EncodedCorpus) -> None:
+    """Lanes and lengths in range, which no machine can hold, give a sentence that names them."""
+    sentence = "with --batch-size 1024 and --sequence-length 65536 do not fit the memory"
+    with pytest.raises(OptionError, match=sentence):
+        plan(corpus, steps=1, hidden=4096, batch_size=1024, sequence_length=65536)
+
+
+class Hungry(Batches):
+    """Batches for which there is no memory."""
+
+    def since(self, step: int) -> Iterator[Batch]:
+        """Fail as NumPy does."""
+        raise MemoryError(f"Unable to allocate 32.0 GiB for batch {step}")
+
+
+def test_memory_that_is_refused_is_a_sentence(corpus: EncodedCorpus) -> None:
+    """What the estimate lets pass and the machine does not is told in the same words."""
+    options = TrainingOptions(**SMALL)
+    architecture = Architecture(cell="lstm", vocabulary=30, embedding=8, hidden=8, layers=2)
+    batches = Hungry(corpus.train, batch_size=4, sequence_length=16, seed=1)
+
+    with pytest.raises(OptionError, match="do not fit the memory"):
+        calibrate(options, architecture, batches, device=torch.device("cpu"), seconds=0.1)
+
+
+def test_a_step_needs_memory_for_weights_and_for_each_position() -> None:
+    """By hand: eight copies of the weights; ids, logits and the units of both layers."""
+    architecture = Architecture(cell="lstm", vocabulary=30, embedding=8, hidden=8, layers=2)
+    weights = 8 * 4 * architecture.parameters
+
+    options = TrainingOptions(**SMALL)
+    assert memory_needed(options, architecture, 0) == weights
+    assert memory_needed(options, architecture, 100) - weights == 100 * (40 + 480 + 4 * 16 * 12)
+
+
+def test_the_largest_batch_is_known_before_it_is_made(corpus: EncodedCorpus) -> None:
+    """Lanes times steps, of which there are no more than the text has."""
+    most = max(
+        batch.inputs.size
+        for batch, _ in zip(
+            Batches(corpus.train, batch_size=4, sequence_length=16, seed=1).since(0),
+            range(100),
+            strict=False,
+        )
+    )
+
+    assert Batches(corpus.train, batch_size=4, sequence_length=16, seed=1).largest == most == 64
+    endless = Batches(corpus.train, batch_size=4, sequence_length=65536, seed=1)
+    assert endless.largest == 4 * (len(corpus.train.tokens) - 1)
 
 
 def test_five_minutes_are_the_default(corpus: EncodedCorpus) -> None:

@@ -1,13 +1,15 @@
 """What a run shows: a bar on a terminal, lines elsewhere, curves, and a model card."""
 
 import io
+import shlex
 from typing import Any
 
 import pytest
 
 from charloom.architecture import Architecture
-from training.report import describe, model_card
+from training.report import describe, end_text, model_card
 from training.runlog import Console, draw_curves, duration
+from training.trainer import Outcome
 
 LINE = {"step": 10, "training": 1.5, "trained": 1.25, "averaged": 1.0}
 
@@ -105,9 +107,9 @@ def summary(**changes: Any) -> dict[str, Any]:
     return facts | changes
 
 
-def card(**changes: Any) -> str:
+def card(model: str = "models/verse", **changes: Any) -> str:
     architecture = Architecture(cell="gru", vocabulary=9, embedding=4, hidden=4, layers=1)
-    return model_card("models/verse", architecture, summary(**changes), sample="a ``` b")
+    return model_card(model, architecture, summary(**changes), sample="a ``` b")
 
 
 def test_a_model_card_tells_what_and_how_good() -> None:
@@ -133,6 +135,21 @@ def test_a_model_card_tells_what_is_not_known() -> None:
     held_nothing_out = {**summary()["corpus"], "validation": {"tokens": 0}}
     assert "No text was held out" in card(validation={}, corpus=held_nothing_out)
     assert "`charloom --models models train --resume --name verse` goes on" in card(finished=False)
+
+
+def test_commands_can_be_pasted_whatever_the_folder_is_called() -> None:
+    """A blank and a quote in a path are quoted for the shell, at the end and in the model card."""
+    model = "my models/it's"
+    done = end_text(Outcome.FINISHED, model, summary(), 5.0)
+    stopped = end_text(Outcome.INTERRUPTED, model, summary(finished=False), 5.0)
+    text = card(model=model, finished=False)
+
+    resume = ["charloom", "--models", "my models", "train", "--resume", "--name", "it's"]
+    assert shlex.split(done.partition("Try: ")[2]) == ["charloom", "sample", model]
+    assert shlex.split(stopped.partition("Go on with: ")[2]) == resume
+    assert shlex.split(text.partition("unfinished: `")[2].partition("` goes on")[0]) == resume
+    use = text.partition("```sh\n")[2].partition("\n")[0]
+    assert shlex.split(use) == ["charloom", "sample", model, "Once", "--temperature", "0.8"]
 
 
 def test_a_network_is_described_in_one_line() -> None:

@@ -136,10 +136,36 @@ def test_json_is_a_line_per_text(run: Run, model: Model) -> None:
             "finish_reason": "length",
             "prompt_tokens": 1,
             "generated_tokens": 20,
-            "precision": "float32",
+            "precision": expected.precision,
         }
     assert len(lines) == 2
     assert result.stderr == ""
+
+
+def test_json_holds_log_probabilities_where_asked_for(run: Run, model: Model) -> None:
+    """Strict JSON with an object per token: what it is, how likely, and the likeliest others."""
+    options = ("--seed", "0", "--max-tokens", "4", "--top-k", "1")
+    line = run("a", "--json", "--logprobs", "2", *options).stdout
+    loaded = json.loads(line, parse_constant=pytest.fail)
+    expected = model.generate("a", seed=0, max_tokens=4, top_k=1, logprobs=2).logprobs
+    assert expected is not None
+    assert "".join(item["text"] for item in loaded["logprobs"]) == loaded["text"]
+    for place, item in enumerate(loaded["logprobs"]):
+        assert item["token"] == expected.tokens_N[place]
+        assert item["logprob"] == expected.logprobs_N[place] < 0
+        assert (item["rank"], item["sampled_logprob"]) == (1, 0.0)
+        assert item["entropy"] == expected.entropies_N[place]
+        first, second = item["top"]
+        assert first["token"] == item["token"]
+        assert second["logprob"] == expected.top_logprobs_NT[place, 1]
+        assert second["sampled_logprob"] is None  # top-k took it out: minus infinity
+
+
+def test_log_probabilities_have_no_place_in_plain_text(run: Run) -> None:
+    """The option would be lost there, so the sentence says what to add."""
+    result = run("a", "--logprobs", "2")
+    assert result.exit_code == 2
+    assert result.stderr == "--logprobs has no place in plain text; add --json.\n"
 
 
 def test_json_tells_a_seed_that_was_drawn(run: Run) -> None:
@@ -215,6 +241,8 @@ def test_options_reach_the_sampler(run: Run, model: Model) -> None:
         *("a", "--max-tokens", "30", "--temperature", "0.9", "--top-k", "9", "--top-p", "0.95"),
         *("--min-p", "0.01", "--repetition-penalty", "1.1", "--seed", "0", "--stop", "zz"),
         *("--stop", "h", "--unknown", "skip", "--precision", "float32"),
+        *("--frequency-penalty", "0.1", "--presence-penalty", "-0.2", "--typical-p", "0.9"),
+        *("--logit-bias", "a=-1.5", "--logit-bias", " =2", "--threads", "1"),
     )
     expected = model.generate(
         "a",
@@ -228,8 +256,29 @@ def test_options_reach_the_sampler(run: Run, model: Model) -> None:
         stop=("zz", "h"),
         unknown="skip",
         precision="float32",
+        frequency_penalty=0.1,
+        presence_penalty=-0.2,
+        typical_p=0.9,
+        logit_bias={"a": -1.5, " ": 2.0},
     )
     assert result.stdout_bytes == f"a{expected.text}\n".encode()
+
+
+@pytest.mark.parametrize("pair", ["e", "e=", "=", "e=much"])
+def test_a_bias_that_is_no_pair_is_a_sentence(run: Run, pair: str) -> None:
+    """What was given is told, and how to write it."""
+    result = run("a", "--logit-bias", pair)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"--logit-bias is {pair!r}; write a text, = and a number, such as 'e=-5'.\n"
+    )
+
+
+def test_a_bias_may_name_the_equals_sign(run: Run) -> None:
+    """The last equals sign parts text and number; this model has no token of that name."""
+    result = run("a", "--logit-bias", "==1")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("logit_bias names '=', which is not one token of this model;")
 
 
 def test_help_tells_every_option_and_default(run: Run) -> None:
@@ -265,7 +314,7 @@ def test_all_options_out_of_range_are_told_at_once(run: Run) -> None:
     """One line for each, conflicts included, before the model is even looked for."""
     result = run(
         *("a", "--temperature", "-1", "--top-p", "7", "--top-k", "0", "--prompt-file", "x"),
-        *("--json", "--stream"),
+        *("--json", "--stream", "--threads", "0"),
         name="nowhere",
     )
     assert result.exit_code == 2
@@ -273,6 +322,7 @@ def test_all_options_out_of_range_are_told_at_once(run: Run) -> None:
     assert result.stderr.splitlines() == [
         "PROMPT and --prompt-file each give the prompt; keep one of them.",
         "--json writes a text when it is whole and --stream does not; keep one of them.",
+        "--threads is 0; give a whole number of at least 1.",
         "temperature is -1.0; give a finite number of at least 0.",
         "top_k is 0; give a whole number of at least 1.",
         "top_p is 7.0; give a finite number above 0 and at most 1.",

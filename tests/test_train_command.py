@@ -224,9 +224,14 @@ def test_a_finished_run_is_not_resumed(charloom: Run, text: Path) -> None:
 @pytest.fixture
 def stopped(text: Path, models: Path) -> Path:
     """A run that was stopped by a signal early on."""
-    process = start(models, text, "--name", "m", "--steps", 100_000, *SMALL)
+    return stop_early(models, text)
+
+
+def stop_early(models: Path, text: Path, *options: object) -> Path:
+    """Begin a long run and end it by a signal once something is saved."""
+    process = start(models, text, "--name", "m", "--steps", 100_000, *SMALL, *options)
     assert process.stderr is not None
-    while not process.stderr.readline().startswith("expected"):
+    while (line := process.stderr.readline()) and not line.startswith("expected"):
         pass
     while not (models / "m" / "config.json").exists():
         assert process.poll() is None
@@ -311,13 +316,63 @@ def test_a_name_in_training_is_refused(text: Path, models: Path) -> None:
 def test_all_bad_options_are_reported_at_once(charloom: Run, text: Path, models: Path) -> None:
     """Name, training and corpus options each have their sentence, and nothing is written."""
     result = charloom(
-        "train", text, "--name", "a/b", "--layers", 0, "--dropout", 2, "--validation", 1
+        *("train", text, "--name", "a/b", "--layers", 0, "--dropout", 2),
+        *("--validation", 1, "--device", "gpu"),
     )
 
     assert result.exit_code == 2
-    for part in ("'a/b'", "--layers is 0", "--dropout is 2.0", "--validation is 1.0"):
+    parts = ("'a/b'", "--layers is 0", "--dropout is 2.0", "--validation is 1.0", "--device is 'gp")
+    for part in parts:
         assert part in result.stderr
     assert not models.exists()
+
+
+def test_evaluation_reports_bad_options_before_it_looks_for_the_model(charloom: Run) -> None:
+    """Threads and encoding each have their sentence; of the model none is needed yet."""
+    options = ["--threads", 0, "--encoding", "utf-9"]
+
+    result = charloom("evaluate", "nowhere", "text.txt", *options)
+
+    assert result.exit_code == 2
+    for part in ("--threads is 0", "--encoding is 'utf-9'"):
+        assert part in result.stderr
+    assert "nowhere" not in result.stderr
+
+
+def test_a_model_is_found_wherever_the_folder_is_named(text: Path, tmp_path: Path) -> None:
+    """--models before a command, behind it or behind a subcommand: the last one said counts."""
+
+    def said(*words: object) -> Result:
+        return CliRunner().invoke(main, [str(word) for word in words])
+
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    trained = said(
+        *("--models", elsewhere, "train", text, "--name", "m", "--steps", 2),
+        *("--models", there, *SMALL),
+    )
+
+    assert trained.stdout == f"{there / 'm'}\n"
+    assert f"Try: charloom sample {there / 'm'}" in trained.stderr
+    assert said("sample", "m", "1", "-n", 1, "--models", there).exit_code == 0
+    assert said("evaluate", "m", text, "--models", there, "--threads", 1).exit_code == 0
+    for words in (
+        ("--models", there, "models", "list"),
+        ("models", "--models", there, "list"),
+        ("models", "list", "--models", there),
+        ("--models", elsewhere, "models", "list", "--models", there),
+    ):
+        assert "lstm 2 x 16" in said(*words).stdout
+
+
+def test_sentencepiece_is_its_usual_kind(charloom: Run, text: Path, models: Path) -> None:
+    """The library's name stands for unigram, in a run and when that is resumed."""
+    words = ["--tokenizer", "sentencepiece", "--vocab-size", 300]
+    folder = stop_early(models, text, *words)
+
+    resumed = charloom("train", "--resume", "--name", "m", *words, "--hidden", 32)
+
+    assert checkpoints.load(folder).summary["corpus"]["options"]["tokenizer"] == "unigram"
+    assert "which differs from --hidden 32 (the run has 16); leave" in resumed.stderr
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "a\nb", "a\\b", ""])
@@ -397,6 +452,8 @@ def test_options_come_from_a_file_and_the_command_line_wins(
         ("hiden = 24\n", "sets 'hiden', which is no option of a file; write hidden."),
         ("hidden = \n", "is not TOML"),
         ('hidden = "many"\n', "--hidden is 'many'"),
+        ("device = true\n", "--device is True; choose auto, cpu, cuda, cuda:N or mps."),
+        ("device = []\n", "--device is []; choose auto"),
     ],
 )
 def test_a_bad_options_file_is_refused(

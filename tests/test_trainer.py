@@ -60,9 +60,10 @@ def run(
     mode: Any = "new",
     stop_after: int | None = None,
     elapsed: Callable[[], float] = lambda: 0.0,
+    stderr: io.StringIO | None = None,
 ) -> Outcome:
     """Train to the end, or until a number of steps was taken in this process."""
-    console = Console(io.StringIO())
+    console = Console(io.StringIO() if stderr is None else stderr)
     steps = itertools.count()
     with ModelWriter(folder, mode=mode) as writer:
         trainer = Trainer(
@@ -131,6 +132,34 @@ def test_a_resumed_run_equals_one_never_stopped(
     assert run(tmp_path / "parts", plan, corpus, mode="resume") is Outcome.FINISHED
 
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("measured", ["nothing", "windows"])
+def test_a_run_stopped_in_its_last_measurement_takes_it_again(
+    tmp_path: Path, corpus: EncodedCorpus, measured: str
+) -> None:
+    """Stopped before either protocol, it is saved, and resumed it ends as one never stopped."""
+    plan = plan_for(corpus)
+    run(tmp_path / "whole", plan, corpus)
+    asked = 40 + (measured == "windows")  # once a step, then once a batch of a protocol
+
+    assert run(tmp_path / "parts", plan, corpus, stop_after=asked) is Outcome.INTERRUPTED
+    assert not checkpoints.load(tmp_path / "parts").summary["finished"]
+    assert run(tmp_path / "parts", plan, corpus, mode="resume") is Outcome.FINISHED
+
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    one, other = (checkpoints.load(tmp_path / name).summary for name in ("whole", "parts"))
+    assert one["validation"] == other["validation"]
+
+
+def test_the_last_measurement_is_announced(tmp_path: Path, corpus: EncodedCorpus) -> None:
+    """What may take long after the last step says so, and about how long."""
+    stderr = io.StringIO()
+    plan = replace(plan_for(corpus), finish_seconds=200.0)
+
+    run(tmp_path / "model", plan, corpus, stderr=stderr)
+
+    assert stderr.getvalue().endswith("Measuring the held-out text; done in about 3 min 20 s.\n")
 
 
 @pytest.mark.parametrize("documents", ["lines", "none"])

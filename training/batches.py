@@ -179,10 +179,13 @@ class Batches:
         self._pieces = Pieces(split, longest=longest)
         # A pool holds about one epoch at most, or copies of a piece would be sorted into one batch.
         self._groups = min(POOL_GROUPS, -(-self._pieces.count // batch_size))
-        tokens, steps = 0, 0
+        tokens, steps, longest = 0, 0, 0
         for _, lengths in self._pool(0):
             tokens += int(lengths.sum())
             steps += -(-int(lengths.max()) // sequence_length)
+            longest = max(longest, int(lengths.max()))
+        self.largest = batch_size * min(longest, sequence_length)
+        """Positions (lanes x steps) of the largest batch in the first pool, padding included."""
         self.tokens_per_step = tokens / steps
         """Targets in an average batch, measured on the first pool; padding is not counted."""
         self.steps_per_epoch = max(len(split.tokens) - 1, 1) / self.tokens_per_step

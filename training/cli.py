@@ -12,26 +12,26 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, get_args
 
 import click
-import torch
+from tqdm import tqdm
 
-from charloom import checkpoint as checkpoints
 from charloom.checkpoint import ModelWriter, WriteMode, check_name, find_model
+from charloom.cli.arithmetic import precision_option, threads_option
 from charloom.cli.context import Context
 from charloom.cli.options import flag, given, options_of
 from charloom.errors import ModelNameError, OptionError
+from charloom.model import load
+from charloom.params import Precision
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, encode_text, prepare_corpus
 from training.corpus.options import Documents
-from training.evaluation import PROTOCOLS
-from training.evaluation import evaluate as measure
+from training.evaluation import PROTOCOLS, appraise
 from training.memory import keep_freed_memory
-from training.network import Network
 from training.plan import choose_device, make_plan
 from training.report import end_text, leave_companions, loss_table, plan_text
 from training.resume import saved_run
@@ -87,6 +87,8 @@ def train(
             "No corpus is given; name a file, folder, address, - for standard input, python-docs "
             "or python-stdlib."
         )
+    if isinstance(device := choices.get("device", "auto"), str):
+        _attempt(problems, choose_device, device)
     training_options = _attempt(problems, TrainingOptions, **_only(_TRAINING, choices))
     corpus_options = _attempt(problems, CorpusOptions, **_only(_CORPUS, choices))
     if problems or name is None or training_options is None or corpus_options is None:
@@ -94,23 +96,17 @@ def train(
     context: Context = ctx.obj
     folder = context.models / name
     # What the user has to say to mean this model again.
-    is_usual = ctx.parent is None or not given(ctx.parent, ["models"])
-    model = name if is_usual else str(folder)
+    model = str(folder) if context.is_named else name
 
     def elapsed() -> float:
         return time.monotonic() - began
 
-    if isinstance(device := choices.get("device", "auto"), str):
-        _attempt(problems, choose_device, device)
-    if problems:
-        raise OptionError(problems)
     stop = StopRequest()
     mode: WriteMode = "resume" if resume else "overwrite" if overwrite else "new"
     with _sigterm_exits(), ModelWriter(folder, mode=mode) as writer:
         if resume:
-            run = saved_run(
-                folder, choices, corpus, report=console.note, progress_bar=console.reading
-            )
+            said = _only(choices, asdict(training_options) | asdict(corpus_options))
+            run = saved_run(folder, said, corpus, report=console.note, progress_bar=console.reading)
             trainer = Trainer(
                 run.plan, run.corpus, writer, console=console, elapsed=elapsed, interrupted=stop
             )
@@ -248,8 +244,8 @@ def _name_problems(name: str | None) -> list[str]:
 @click.option(
     "--encoding", default="utf-8", show_default=True, help="Encoding of the text, or auto."
 )
-@click.option("--threads", type=int, help="Processor threads [default: one per core].")
-@click.option("--device", default="auto", show_default=True, help="Where to compute.")
+@precision_option
+@threads_option
 @click.pass_obj
 def evaluate(
     context: Context,
@@ -261,31 +257,25 @@ def evaluate(
     documents: str | None,
     field: str | None,
     encoding: str,
+    precision: Precision,
     threads: int | None,
-    device: str,
 ) -> None:
     """Measure how well MODEL predicts the text of FILE..., by both protocols.
 
     stateful: read once from the start, hidden state carried. windows: 256 tokens at a time from a
-    fresh start.
+    fresh start. The arithmetic is that of sampling, with the same --precision.
     """
     problems: list[str] = []
     _attempt(problems, TrainingOptions, threads=threads)
-    where = _attempt(problems, choose_device, device)
-    loaded = checkpoints.load(find_model(model, models=context.models))
-    options = _attempt(
-        problems,
-        CorpusOptions,
-        documents=loaded.documents if documents is None else documents,
-        field=field,
-        encoding=encoding,
-        validation=0.0,
-    )
-    if problems or where is None or options is None:
+    reading: dict[str, Any] = {"field": field, "encoding": encoding, "validation": 0.0}
+    if documents is not None:
+        reading["documents"] = documents
+    _attempt(problems, CorpusOptions, **reading)
+    if problems:
         raise OptionError(problems)
+    loaded = load(find_model(model, models=context.models), threads=threads)
+    options = CorpusOptions(**{"documents": loaded.checkpoint.documents, **reading})
     keep_freed_memory()
-    if threads is not None:
-        torch.set_num_threads(threads)
     console = Console(sys.stderr)
     split = encode_text(
         files,
@@ -296,11 +286,14 @@ def evaluate(
         report=console.note,
         progress=console.reading,
     )
-    network = Network.from_arrays(loaded.architecture, loaded.tensors).to(where)
-    losses = {
-        protocol: measure(network, split, loaded.tokenizer, protocol=protocol)
-        for protocol in PROTOCOLS
-    }
+    scorer = loaded.scorer(precision=precision)
+    with tqdm(unit=" tokens", leave=False, disable=not sys.stderr.isatty()) as bar:
+        losses = {
+            protocol: appraise(
+                scorer, split, loaded.tokenizer, protocol=protocol, progress=bar.update
+            )
+            for protocol in PROTOCOLS
+        }
     unknown = losses["stateful"].unknown
     if unknown:
         click.echo(

@@ -17,6 +17,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 DEFAULT_MINUTES = 5.0
+DEVICE_REMEDY = "choose auto, cpu, cuda, cuda:N or mps"
 
 _BOUNDS = (
     ("least", "of at least", operator.ge),
@@ -126,7 +127,7 @@ class TrainingOptions:
     precision: Precision = field(
         default="auto",
         metadata=option(
-            "Arithmetic of the matrix products; auto tries bfloat16 and keeps what is faster.",
+            "Arithmetic of the matrix products; auto takes bfloat16 where it is clearly faster.",
             choices=PRECISIONS,
         ),
     )
@@ -152,6 +153,8 @@ class TrainingOptions:
         ]
         if len(budgets) > 1:
             problems.append(f"{' and '.join(budgets)} are both given; give one budget.")
+        if not isinstance(self.device, str):
+            problems.append(f"--device is {self.device!r}; {DEVICE_REMEDY}.")
         if self.tied and self.embedding not in (None, self.hidden):
             problems.append(
                 f"--tied needs --embedding equal to --hidden, not {self.embedding} and "

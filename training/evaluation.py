@@ -7,20 +7,24 @@ each, so the first prediction rests on a single token (nanoGPT's protocol).
 Documents are read one by one in both, from the zero state and the end-of-document token, and
 scored to their own end. A text without documents gives no score to its first token. A character
 outside the vocabulary costs what the unknown token costs plus the choice among all other code
-points. Both protocols are the same loop over pieces of another length.
+points, and counts as many bytes as such characters have in the split on average; where all of it is
+read, that is as many as they have. Both protocols are the same loop over pieces of another length.
 
 State and masks of training are not touched: evaluation has a hidden state of its own.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from charloom.errors import CorpusError
+from charloom.scoring import Scorer
 from charloom.tokenizer import Tokenizer
 from training.batches import IGNORED, Pieces, windows
 from training.corpus import Split
@@ -33,6 +37,8 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 WINDOW = 256
 _STATEFUL_SEQUENCE = 1024
 _LOGITS = 1 << 24
+_BLOCK = 1 << 20
+_PIECES = 1 << 14  # looked up at a time, as lines may be millions
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +87,13 @@ class Loss:
         }
 
 
-@torch.inference_mode()
+Reading = Callable[
+    [NDArray[np.unsignedinteger[Any]], NDArray[np.int64], NDArray[np.int64]],
+    Iterable[tuple[float, NDArray[np.int64]]],
+]
+"""Reads pieces of tokens, given by starts and lengths: surprise in nats, and the tokens of it."""
+
+
 def evaluate(
     network: Network,
     split: Split,
@@ -90,17 +102,81 @@ def evaluate(
     protocol: Protocol,
     limit: int | None = None,
     precision: Arithmetic = "float32",
+    between: Callable[[], None] = lambda: None,
 ) -> Loss:
     """The loss of `network` on a split; raises `CorpusError` when that has nothing to score.
 
     With a `limit` on tokens, *windows* takes pieces evenly spread over the split and *stateful*
-    (or a text whose pieces are longer) the beginning.
+    (or a text whose pieces are longer) the beginning. `between` is called before each batch; what
+    it raises ends the measurement.
     """
-    device = network.embedding.weight.device
+    sequence = WINDOW if protocol == "windows" else _STATEFUL_SEQUENCE
+
+    @torch.inference_mode()
+    def read(
+        tokens: NDArray[np.unsignedinteger[Any]],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+    ) -> Iterator[tuple[float, NDArray[np.int64]]]:
+        device = network.embedding.weight.device
+        lanes = max(1, min(128, _LOGITS // (sequence * network.architecture.vocabulary)))
+        for block in range(0, len(starts), 16 * lanes):
+            order = block + np.argsort(lengths[block : block + 16 * lanes], kind="stable")
+            for first in range(0, len(order), lanes):
+                group = order[first : first + lanes]
+                state = network.initial_state(len(group))
+                for batch in windows(
+                    tokens, starts[group], lengths[group], sequence_length=sequence
+                ):
+                    between()
+                    inputs = torch.from_numpy(batch.inputs).to(device)
+                    targets = torch.from_numpy(batch.targets).to(device)
+                    logits, state = network(inputs, state, precision=precision)
+                    nats = functional.cross_entropy(
+                        logits.flatten(0, 1),
+                        targets.flatten(),
+                        ignore_index=IGNORED,
+                        reduction="sum",
+                    )
+                    yield float(nats), batch.targets[batch.targets != IGNORED]
+
+    return _measure(read, split, tokenizer, protocol=protocol, limit=limit)
+
+
+def appraise(
+    scorer: Scorer,
+    split: Split,
+    tokenizer: Tokenizer,
+    *,
+    protocol: Protocol,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Loss:
+    """The loss of a saved model on a split, in the arithmetic that it writes with.
+
+    `progress` is told how many tokens more have been judged. Raises `CorpusError` when there is
+    nothing to score.
+    """
+
+    def read(
+        tokens: NDArray[np.unsignedinteger[Any]],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+    ) -> Iterator[tuple[float, NDArray[np.int64]]]:
+        for part in scorer.pieces(tokens, starts, lengths):
+            yield -float(part.logprobs_N.sum()), part.tokens_N
+            progress(len(part))
+
+    return _measure(read, split, tokenizer, protocol=protocol, limit=None)
+
+
+def _measure(
+    read: Reading, split: Split, tokenizer: Tokenizer, *, protocol: Protocol, limit: int | None
+) -> Loss:
+    """Cut a split into the pieces of a protocol, have them read, and add up."""
     if protocol == "windows":
-        longest, sequence = WINDOW, WINDOW
+        longest = WINDOW
     else:
-        longest, sequence = max(len(split.tokens), 1), _STATEFUL_SEQUENCE
+        longest = max(len(split.tokens), 1)
         if limit is not None and split.boundaries is None:
             longest = min(longest, limit)
     pieces = Pieces(split, longest=longest)
@@ -114,41 +190,35 @@ def evaluate(
         count = min(count, max(math.ceil(count * share), 1)) if share < 1 else count
         if protocol == "stateful" and split.boundaries is None:
             count = 1
-    chosen = np.arange(count) * pieces.count // count
-    lanes = max(1, min(128, _LOGITS // (sequence * network.architecture.vocabulary)))
-    characters, byte_lengths = tokenizer.lengths()
-    nats, tokens, unknown = 0.0, 0, 0
-    scored = np.zeros(network.architecture.vocabulary, np.int64)
-    for block in range(0, count, 16 * lanes):
-        starts, lengths = pieces[chosen[block : block + 16 * lanes]]
-        order = np.argsort(lengths, kind="stable")
-        for first in range(0, len(order), lanes):
-            group = order[first : first + lanes]
-            state = network.initial_state(len(group))
-            for batch in windows(
-                split.tokens, starts[group], lengths[group], sequence_length=sequence
-            ):
-                inputs = torch.from_numpy(batch.inputs).to(device)
-                targets = torch.from_numpy(batch.targets).to(device)
-                logits, state = network(inputs, state, precision=precision)
-                nats += float(
-                    functional.cross_entropy(
-                        logits.flatten(0, 1),
-                        targets.flatten(),
-                        ignore_index=IGNORED,
-                        reduction="sum",
-                    )
-                )
-                tokens += batch.tokens
-                real = batch.targets[batch.targets != IGNORED]
-                scored += np.bincount(real, minlength=len(scored))
-    if tokenizer.unknown is not None:
-        unknown = int(scored[tokenizer.unknown])
+    nats, scored_V = 0.0, np.zeros(tokenizer.vocabulary_size, np.int64)
+    for block in range(0, count, _PIECES):
+        chosen = np.arange(block, min(block + _PIECES, count)) * pieces.count // count
+        for surprise, tokens_N in read(split.tokens, *pieces[chosen]):
+            nats += surprise
+            scored_V += np.bincount(tokens_N, minlength=len(scored_V))
+    characters_V, bytes_V = tokenizer.lengths()
+    size = float(scored_V @ bytes_V)
+    unknown = 0
+    if tokenizer.unknown is not None and (unknown := int(scored_V[tokenizer.unknown])):
         nats += unknown * math.log(tokenizer.strangers)
+        size = float(scored_V @ _true_lengths(split, bytes_V, tokenizer.unknown))
     return Loss(
         nats=nats,
-        tokens=tokens,
-        characters=int(scored @ characters),
-        bytes=int(scored @ byte_lengths),
+        tokens=int(scored_V.sum()),
+        characters=int(scored_V @ characters_V),
+        bytes=round(size),
         unknown=unknown,
     )
+
+
+def _true_lengths(
+    split: Split, byte_lengths: NDArray[np.int64], unknown: int
+) -> NDArray[np.float64]:
+    """Bytes of each token, (V,): the unknown one has what the others leave of the split's bytes."""
+    counts = np.zeros(len(byte_lengths), np.int64)
+    for start in range(0, len(split.tokens), _BLOCK):
+        counts += np.bincount(split.tokens[start : start + _BLOCK], minlength=len(counts))
+    lengths = byte_lengths.astype(np.float64)
+    lengths[unknown] = 0.0
+    lengths[unknown] = (split.bytes - counts @ lengths) / counts[unknown]
+    return lengths

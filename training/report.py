@@ -1,5 +1,6 @@
 """A run in words: the plan before it, its end, figures of a text, and the model card."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def end_text(outcome: Outcome, model: str, summary: Mapping[str, Any], seconds: 
         f"({loss['characters']:,} held-out characters, {_PROTOCOLS[protocol]})"
         for protocol, loss in summary["validation"].items()
     ]
-    lines.append(f"Done in {duration(seconds)}. Try: charloom sample {model}")
+    lines.append(f"Done in {duration(seconds)}. Try: charloom sample {shlex.quote(model)}")
     return "\n".join(lines)
 
 
@@ -90,8 +91,8 @@ def leave_companions(writer: ModelWriter, trainer: Trainer, *, model: str, is_ov
 def _resume_command(model: str) -> str:
     """What resumes a model that is meant by its name, or by its folder where that is elsewhere."""
     folder = Path(model)
-    where = "" if folder.name == model else f"--models {folder.parent} "
-    return f"charloom {where}train --resume --name {folder.name}"
+    where = [] if folder.name == model else ["--models", str(folder.parent)]
+    return shlex.join(["charloom", *where, "train", "--resume", "--name", folder.name])
 
 
 def model_card(
@@ -156,7 +157,7 @@ def model_card(
             "## Use",
             "",
             "```sh",
-            f'charloom sample {model} "Once" --temperature 0.8',
+            f'charloom sample {shlex.quote(model)} "Once" --temperature 0.8',
             "```",
             "",
             "The model writes what its corpus makes likely: it knows nothing, and where the corpus",

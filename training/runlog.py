@@ -1,8 +1,8 @@
-"""What a run tells while it goes on and what it leaves to look at: console, curves, model card.
+"""What a run tells while it goes on, and its curves.
 
-Everything here goes to standard error; the one product on standard output, the model's folder, is
-the command's own business. On a terminal there is a progress bar, elsewhere a plain line for each
-evaluation, so a log file stays readable.
+What the console says goes to standard error; the one product on standard output, the model's
+folder, is the command's own business. On a terminal there is a progress bar, elsewhere a plain line
+for each evaluation, so a log file stays readable.
 """
 
 import io
@@ -131,7 +131,7 @@ def duration(seconds: float) -> str:
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
-    """A PNG of training and held-out loss over the steps, in nats per token and per character."""
+    """A PNG of training and held-out loss over the steps, in nats per character."""
     from matplotlib.figure import Figure  # a second of import that only the end of a run pays
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

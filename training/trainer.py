@@ -32,7 +32,7 @@ from training.learner import Learner
 from training.network import Network
 from training.optimiser import learning_rate
 from training.plan import Plan
-from training.runlog import Console
+from training.runlog import Console, duration
 
 SAMPLE_EVERY = 4
 SAMPLE_TOKENS = 160
@@ -46,6 +46,10 @@ RARE_SHARE = 0.001
 
 _SMOOTHING = 0.05
 _FINAL_SHARE = 0.97
+
+
+class _Interrupted(Exception):
+    """The wish to stop, on its way out of a measurement."""
 
 
 class Outcome(Enum):
@@ -163,9 +167,10 @@ class Trainer:
     def run(self) -> Outcome:
         """Follow the plan to its end, or until there is no progress, no time, or a wish to stop.
 
-        Everything is saved in the end; `finish` then says that there is nothing left to do. Raises
-        `DivergenceError` when the loss explodes and `StorageError` when a save is refused; what was
-        saved before remains.
+        Everything is saved in the end; `finish` then says that there is nothing left to do. A wish
+        to stop is heard until the last measurement is over; a resumed run then takes that again.
+        Raises `DivergenceError` when the loss explodes and `StorageError` when a save is refused;
+        what was saved before remains.
         """
         if self._progress.step == 0 and not self._writer.holds_another:
             self._save()
@@ -179,7 +184,10 @@ class Trainer:
         finally:
             self._console.stop()
         if outcome is not Outcome.INTERRUPTED:
-            self._report()
+            try:
+                self._report()
+            except _Interrupted:
+                outcome = Outcome.INTERRUPTED
         self._save()
         return outcome
 
@@ -343,6 +351,8 @@ class Trainer:
         """Measure the published weights by both protocols in float32: the figures of the model."""
         if not self._has_held_out:
             return
+        left = duration(self._plan.finish_seconds)
+        self._console.note(f"Measuring the held-out text; done in about {left}.")
         network = Network.from_arrays(self._plan.architecture, self._published)
         network.to(self._plan.device)
         for protocol in PROTOCOLS:
@@ -352,7 +362,12 @@ class Trainer:
                 self._corpus.tokenizer,
                 protocol=protocol,
                 limit=self._plan.report_tokens[protocol],
+                between=self._heed_interruption,
             ).to_json()
+
+    def _heed_interruption(self) -> None:
+        if self._interrupted():
+            raise _Interrupted
 
     def _save(self) -> None:
         """Commit weights, progress and the learner's state together."""

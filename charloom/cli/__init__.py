@@ -19,7 +19,8 @@ from typing import Any
 import click
 
 import charloom
-from charloom.cli.context import Context
+from charloom.cli.context import FOLDER, Context, accept_models
+from charloom.cli.options import given
 from charloom.errors import CharloomError
 
 INTERRUPTED = 128 + 2
@@ -49,6 +50,7 @@ class LazyCommand(click.Command):
         finally:
             signal.signal(signal.SIGINT, before)
         assert isinstance(command, click.Command), f"{self.home} is not a command"
+        accept_models(command)
         return command
 
     def make_context(
@@ -120,13 +122,13 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> Non
 @click.group(cls=CommandLine, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--models",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("models"),
     envvar="CHARLOOM_MODELS",
     show_default=True,
     show_envvar=True,
     metavar="DIR",
-    help="Folder in which models are looked up by name.",
+    help="Folder in which models are looked up by name; may stand behind the command too.",
 )
 @click.option(
     "--version",
@@ -139,7 +141,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> Non
 @click.pass_context
 def main(ctx: click.Context, models: Path) -> None:
     """Train character-level language models on any text, and write with them."""
-    ctx.obj = Context(models=models)
+    ctx.obj = Context(models=models, is_named=bool(given(ctx, ["models"])))
 
 
 # Each short help is the first sentence of the command itself, which is not loaded to show it.
@@ -154,6 +156,11 @@ for _command in (
         "sample",
         "charloom.cli.sample:sample",
         "Write text with MODEL, a name or a folder, going on from PROMPT.",
+    ),
+    LazyCommand(
+        "score",
+        "charloom.cli.score:score",
+        "Write how many bits per character each line of FILE costs MODEL.",
     ),
     LazyCommand(
         "evaluate",

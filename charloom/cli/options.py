@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
+from charloom.errors import OptionError
+
 
 def options_of(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that gives a command one option per field of the dataclass `kind`.
@@ -59,4 +61,25 @@ def _click_type(annotation: Any) -> dict[str, Any]:
         return {"type": click.Choice(get_args(annotation))}
     if get_origin(annotation) is tuple:
         return {"type": get_args(annotation)[0], "multiple": True, "metavar": "TEXT"}
+    if get_origin(annotation) is Mapping:
+        return {"multiple": True, "metavar": "TEXT=NUMBER", "callback": _read_pairs}
     return {"type": annotation}
+
+
+def _read_pairs(
+    _ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]
+) -> Mapping[str, float] | None:
+    """The mapping that `TEXT=NUMBER`, given several times, stands for; None when never given."""
+    read = {}
+    for pair in pairs:
+        # From the right, so that the text may hold an equals sign.
+        text, equals, number = pair.rpartition("=")
+        try:
+            read[text] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise OptionError(
+                [f"{parameter.opts[0]} is {pair!r}; write a text, = and a number, such as 'e=-5'."]
+            )
+    return read if pairs else None

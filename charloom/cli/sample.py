@@ -8,17 +8,19 @@ can write, control characters and carriage returns included, arrives as it was d
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
 from charloom.checkpoint import find_model
+from charloom.cli.arithmetic import threads_option
 from charloom.cli.context import Context
+from charloom.cli.judgements import judgements
 from charloom.cli.options import options_of
 from charloom.errors import CharloomError, OptionError, UnknownTextError
-from charloom.model import Model, Stream, load
+from charloom.model import Generation, Model, draw_seed, load
 from charloom.params import SamplingParams
 
 
@@ -50,6 +52,7 @@ class Form:
     help="Take each line of standard input as a prompt, until its end.",
 )
 @options_of(SamplingParams)
+@threads_option
 @click.pass_obj
 def sample(
     context: Context,
@@ -61,6 +64,7 @@ def sample(
     as_json: bool,
     streamed: bool,
     interactive: bool,
+    threads: int | None,
     **options: Any,
 ) -> None:
     """Write text with MODEL, a name or a folder, going on from PROMPT.
@@ -80,6 +84,10 @@ def sample(
         problems.append(
             "--json writes a text when it is whole and --stream does not; keep one of them."
         )
+    if options["logprobs"] is not None and not as_json:
+        problems.append("--logprobs has no place in plain text; add --json.")
+    if threads is not None and threads < 1:
+        problems.append(f"--threads is {threads}; give a whole number of at least 1.")
     try:
         params = SamplingParams(**options)
     except OptionError as error:
@@ -93,7 +101,7 @@ def sample(
         raise OptionError(problems)
 
     form = Form(as_json=as_json, streamed=streamed)
-    loaded = load(find_model(model, models=context.models))
+    loaded = load(find_model(model, models=context.models), threads=threads)
     if interactive:
         _converse(loaded, params, form)
         return
@@ -105,32 +113,43 @@ def sample(
 def _continue(model: Model, prompt: str, params: SamplingParams, form: Form) -> None:
     """Write every text of one prompt, in the order of their choice."""
     stdout = sys.stdout.buffer
-    seed = None
-    for stream in model.choices(prompt, params):
-        seed = stream.seed
-        if form.as_json:
-            _write(stdout, _json_line(stream))
-        else:
-            for piece in _plain(prompt, stream, whole=not form.streamed):
+    # Drawn here, so that choices that are streamed one by one have it in common.
+    seed = draw_seed() if params.seed is None else params.seed
+    drawn = replace(params, seed=seed)
+    if form.streamed:
+        for choice in range(params.n):
+            _write(stdout, prompt)
+            for piece in model.stream(prompt, replace(drawn, n=1), choice=choice):
                 _write(stdout, piece)
+            _write(stdout, "\n")
+    else:
+        for generation in _watched(model.choices(prompt, drawn), params.n):
+            text = _json_line(generation, model) if form.as_json else prompt + generation.text
+            _write(stdout, text + "\n")
     if params.seed is None and not form.as_json:
         click.echo(f"Seed {seed}; --seed {seed} writes the same again.", err=True)
 
 
-def _plain(prompt: str, stream: Stream, *, whole: bool) -> Iterator[str]:
-    """Prompt, continuation and a line's end, in one piece or in those of the stream."""
-    if whole:
-        yield prompt + stream.result().text + "\n"
+def _watched(generations: Iterator[Generation], count: int) -> Iterator[Generation]:
+    """The texts, with a bar on a terminal that they are not written to themselves."""
+    is_shown = count > 1 and sys.stderr.isatty() and not sys.stdout.isatty()
+    # Not imported where there is nothing to show: it would be a tenth of the time to start.
+    if not is_shown:
+        yield from generations
         return
-    yield prompt
-    yield from stream
-    yield "\n"
+    from tqdm import tqdm
+
+    with tqdm(generations, total=count, unit=" texts", file=sys.stderr, dynamic_ncols=True) as bar:
+        characters = 0
+        for generation in bar:
+            characters += len(generation.text)
+            bar.set_postfix_str(f"{characters:,} characters", refresh=False)
+            yield generation
 
 
-def _json_line(stream: Stream) -> str:
-    """One text as a line of JSON."""
-    generation = stream.result()
-    line = {
+def _json_line(generation: Generation, model: Model) -> str:
+    """One text as JSON."""
+    line: dict[str, Any] = {
         "text": generation.text,
         "seed": generation.seed,
         "choice": generation.choice,
@@ -139,7 +158,9 @@ def _json_line(stream: Stream) -> str:
         "generated_tokens": generation.generated_tokens,
         "precision": generation.precision,
     }
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    if generation.logprobs is not None:
+        line["logprobs"] = judgements(generation.logprobs, model.tokenizer)
+    return json.dumps(line, ensure_ascii=False, allow_nan=False)
 
 
 def _write(stdout: BinaryIO, text: str) -> None:

@@ -69,6 +69,7 @@ class CharacterTokenizer(Tokenizer):
         code_points = np.array([ord(character) for character in self.characters], CODE_POINT)
         self.vocabulary_size = SPECIALS + len(self.characters)
         self.fingerprint = fingerprint_of(self.kind, code_points.tobytes())
+        self._texts = ("", REPLACEMENT, *self.characters)
         # The end token's entry is never read: `decode` leaves the token out.
         self._code_points: NDArray[np.uint32] = np.concatenate(
             [np.array([0, ord(REPLACEMENT)], CODE_POINT), code_points]
@@ -131,7 +132,7 @@ class CharacterTokenizer(Tokenizer):
 
     def stream_decoder(self) -> "CharacterStream":
         """Return a fresh decoder for one text that arrives token by token."""
-        return CharacterStream(("", REPLACEMENT, *self.characters))
+        return CharacterStream(self._texts)
 
     @property
     def strangers(self) -> int:
@@ -140,9 +141,8 @@ class CharacterTokenizer(Tokenizer):
 
     def lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return how many characters and UTF-8 bytes of text each token adds, both (V,)."""
-        texts = ("", REPLACEMENT, *self.characters)
-        characters = np.array([len(text) for text in texts], np.int64)
-        return characters, np.array([len(text.encode()) for text in texts], np.int64)
+        characters = np.array([len(text) for text in self._texts], np.int64)
+        return characters, np.array([len(text.encode()) for text in self._texts], np.int64)
 
     def describe(self, token: int) -> str:
         """Return a printable name of one token."""

@@ -15,7 +15,7 @@ from charloom.tokenizer import PIECE_MODELS
 from training.config import option, range_problem
 
 Documents = Literal["none", "files", "lines", "records"]
-TokenizerChoice = Literal["characters", "bytes", "unigram", "bpe", "char"]
+TokenizerChoice = Literal["characters", "bytes", "unigram", "bpe", "char", "sentencepiece"]
 DEFAULT_PIECES = 1000
 AUTO = "auto"
 # Shares beyond these leave one side of any corpus empty.
@@ -47,7 +47,11 @@ class CorpusOptions:
     )
     tokenizer: TokenizerChoice = dataclasses.field(
         default="characters",
-        metadata=option("What one token is.", choices=get_args(TokenizerChoice)),
+        metadata=option(
+            "What one token is; unigram (also called sentencepiece), bpe and char are the kinds of "
+            "sentencepiece.",
+            choices=get_args(TokenizerChoice),
+        ),
     )
     vocabulary_size: int | None = dataclasses.field(
         default=None,
@@ -66,6 +70,8 @@ class CorpusOptions:
     )
 
     def __post_init__(self) -> None:
+        if self.tokenizer == "sentencepiece":
+            object.__setattr__(self, "tokenizer", "unigram")  # one name for one thing
         problems = [
             problem
             for item in fields(self)

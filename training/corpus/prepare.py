@@ -265,6 +265,7 @@ class _Job:
             return CharacterTokenizer.from_counts(counts, min_count=self.options.min_count)
         if self.options.tokenizer == "bytes":
             return ByteTokenizer()
+        assert self.options.tokenizer != "sentencepiece", "the options call it unigram"
         return SentencePieceTokenizer.train(
             separated(stream.pieces()),
             model_type=self.options.tokenizer,

@@ -1,0 +1,101 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charloom.decoding.stops import StopMatcher
+
+
+def cut_by_brute_force(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The text before the stop completed first, and that stop: look at every beginning in turn."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+def held_by_brute_force(text: str, stops: list[str]) -> str:
+    """The longest end of the text that begins a stop."""
+    ends = (text[start:] for start in range(len(text) + 1))
+    return next(end for end in ends if any(stop.startswith(end) for stop in stops) or not end)
+
+
+few_letters = st.text("ab", max_size=12) | st.text("abc", max_size=30)
+some_stops = st.lists(st.text("ab", min_size=1, max_size=4) | st.just("abcab"), max_size=4)
+
+
+@given(pieces=st.lists(few_letters, max_size=8), stops=some_stops)
+def test_stops_are_found_as_by_brute_force(pieces: list[str], stops: list[str]) -> None:
+    """However the text is cut, what leaves is the text before the first stop completed."""
+    matcher = StopMatcher(stops)
+    released = "".join(matcher.push(piece) for piece in pieces) + matcher.flush()
+    assert (released, matcher.matched) == cut_by_brute_force("".join(pieces), stops)
+
+
+@given(text=few_letters, stops=some_stops)
+def test_only_what_may_still_match_is_held_back(text: str, stops: list[str]) -> None:
+    """After every character all is released but the longest end that begins a stop."""
+    matcher = StopMatcher(stops)
+    released = ""
+    for end, character in enumerate(text, start=1):
+        released += matcher.push(character)
+        if matcher.matched is not None:
+            break
+        held = held_by_brute_force(text[:end], stops)
+        assert released + held == text[:end]
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "released", "matched"),
+    [
+        ([], ["any", "thing"], ["any", "thing", ""], None),
+        (["END"], ["onE", "N", "D more"], ["on", "", "", ""], "END"),
+        (["END"], ["EE", "NN"], ["E", "ENN", ""], None),
+        (["END"], ["the EN"], ["the ", "EN"], None),
+        (["abcd", "bc"], ["abc"], ["a", ""], "bc"),  # completed first
+        (["bc", "abc"], ["xabc"], ["x", ""], "abc"),  # completed together: the longest
+        (["aab"], ["aaab"], ["a", ""], "aab"),
+        (["\r\n"], ["a\r", "\r", "\n"], ["a", "\r", "", ""], "\r\n"),
+        (["a"], ["a", "b", "a"], ["", "", "", ""], "a"),
+    ],
+)
+def test_stop_matcher_table(
+    stops: list[str], pieces: list[str], released: list[str], matched: str | None
+) -> None:
+    """Cases worked out by hand: split, false start, cut off, overlapping, self-overlapping."""
+    matcher = StopMatcher(stops)
+    assert [*map(matcher.push, pieces), matcher.flush()] == released
+    assert matcher.matched == matched
+
+
+def test_a_long_stop_costs_no_more_than_a_look_up_for_each_character() -> None:
+    """A text made to go back at each character ends with as many moves as states, not squared."""
+    stop = "a" * 400 + "b"
+    matcher = StopMatcher([stop])
+    text = "a" * 10_000
+    assert matcher.push(text) == "a" * 9_600
+    assert matcher.push("b") == ""
+    assert matcher.matched == stop
+
+
+@given(pieces=st.lists(few_letters, max_size=6))
+def test_without_stop_strings_all_text_passes(pieces: list[str]) -> None:
+    """An idle matcher holds nothing back and never matches."""
+    matcher = StopMatcher([])
+    assert matcher.is_idle
+    assert [*map(matcher.push, pieces), matcher.flush()] == [*pieces, ""]
+    assert matcher.matched is None
+    assert not StopMatcher(["a"]).is_idle
+
+
+def test_nothing_leaves_after_a_match() -> None:
+    """What follows a stop string is dropped, and what stood before it was given already."""
+    matcher = StopMatcher(["ab"])
+    assert [matcher.push("xa"), matcher.push("bab"), matcher.push("y"), matcher.flush()] == [
+        "x",
+        "",
+        "",
+        "",
+    ]
+    assert matcher.matched == "ab"
