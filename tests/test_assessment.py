@@ -130,7 +130,8 @@ def test_sampled_log_probabilities_are_those_of_the_rules() -> None:
     rules = Rules.stack(
         [SamplingParams(temperature=0), SamplingParams(top_k=2), SamplingParams(temperature=2)]
     )
-    weights_BW, _ = weigh(logits_BV, rules, barrier_BV=np.zeros((1, 4), np.float32))
+    urn = weigh(logits_BV, rules, barrier_BV=np.zeros((1, 4), np.float32))
+    weights_BW = urn.weights(np.arange(len(logits_BV)), 4)
     result = assess(logits_BV, np.ones(3, np.int64), top=4, weights_NV=weights_BW)
     assert result.top_sampled_NT[0].tolist() == [0, NO, NO, NO]
     np.testing.assert_allclose(

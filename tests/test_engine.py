@@ -224,7 +224,7 @@ def alone(request: Request, alphabet: Alphabet = PLAIN) -> Outcome:
             prompt_scores.append(assess(logits_1V, following, top=params.logprobs or 0))
     while sequence.finish_reason is None:
         text_so_far = history[len(lead) :]
-        weights_1W, _ = weigh(
+        urn = weigh(
             logits_1V,
             Rules.stack([params]),
             barrier_BV=alphabet.barrier_SV[:1],
@@ -232,9 +232,10 @@ def alone(request: Request, alphabet: Alphabet = PLAIN) -> Outcome:
             counts_BV=np.bincount(text_so_far, minlength=SIZE).astype(np.int32)[None],
         )
         uniform_1 = uniforms(request.seed, request.choice, np.array([len(text_so_far)]))
-        token_1 = draw(weights_1W, uniform_1)
+        token_1 = draw(urn, uniform_1)
         if params.logprobs is not None:
-            logprobs.append(assess(logits_1V, token_1, top=params.logprobs, weights_NV=weights_1W))
+            weights_1V = urn.weights(np.zeros(1, np.int64), SIZE)
+            logprobs.append(assess(logits_1V, token_1, top=params.logprobs, weights_NV=weights_1V))
         text += sequence.extend(token_1.tolist())
         history += token_1.tolist()
         logits_1V = network.step(token_1.astype(np.int32)).copy()

@@ -14,7 +14,9 @@ from charloom.decoding.sampling import (
     NONE,
     SMALL,
     STRIDE,
+    Lot,
     Rules,
+    Urn,
     draw,
     keep_min_p,
     keep_top_k,
@@ -60,6 +62,11 @@ def spread(
     return wide, places
 
 
+def urn_of(weights: NDArray[np.float32]) -> Urn:
+    """An urn that holds a weight for every token."""
+    return Urn((Lot(None, weights, None),), np.zeros((len(weights), 1), np.float32))
+
+
 def weigh_rows(
     logits: NDArray[np.float32],
     params: Sequence[SamplingParams],
@@ -75,14 +82,14 @@ def weigh_rows(
         barrier_V[:] = NO
         barrier_V[list(allowed)] = 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # as `weigh` asks
-        weights_BW, _ = weigh(
+        urn = weigh(
             logits,
             Rules.stack(params),
             barrier_BV=barrier_V[None],
             bias_BV=None if bias is None else rows(bias),
             counts_BV=np.array([counts or [0] * vocabulary] * len(logits), np.int32),
         )
-    return weights_BW[:, :vocabulary]
+    return urn.weights(np.arange(len(logits)), vocabulary)
 
 
 def weigh_one(logits: Sequence[float], **options: Any) -> list[float]:
@@ -279,7 +286,7 @@ def test_draw_table() -> None:
     """Shares lie by token id: [0, 1/4) is token 0, [1/4, 3/4) token 2, [3/4, 1) token 3."""
     weights = rows(*[[0.5, 0, 1, 0.5, 0]] * 7)
     uniform = np.array([0.0, 0.2, 0.25, 0.5, 0.74, 0.75, ALMOST_ONE])
-    assert draw(weights, uniform).tolist() == [0, 0, 2, 2, 2, 3, 3]
+    assert draw(urn_of(weights), uniform).tolist() == [0, 0, 2, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +299,7 @@ def test_draw_table_of_a_large_vocabulary(places: list[int]) -> None:
     uniform = np.array([0.0, 0.2, 0.25, 0.5, 0.74, 0.75, ALMOST_ONE])
     first, second, third = places
     wanted = [first, first, second, second, second, third, third]
-    assert draw(weights, uniform).tolist() == wanted
+    assert draw(urn_of(weights), uniform).tolist() == wanted
 
 
 # The order
@@ -561,7 +568,7 @@ def test_an_impossible_token_is_never_drawn(
     if not any(weights):
         weights.append(1.0)
     wide, _ = spread(rows(weights), width)
-    (token,) = draw(wide, np.array([uniform]))
+    (token,) = draw(urn_of(wide), np.array([uniform]))
     assert wide[0, token] > 0
 
 

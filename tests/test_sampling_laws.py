@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from charloom.decoding.draws import uniforms
-from charloom.decoding.sampling import NONE, SMALL, Rules, draw, sample, weigh
+from charloom.decoding.sampling import NONE, SMALL, Lot, Rules, Urn, draw, sample, weigh
 from charloom.params import SamplingOptions, SamplingParams
 
 NO = -math.inf
@@ -134,9 +134,8 @@ def check_against_plain(
     }
     logits_1V = np.array([logits], np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        weights_1W, _ = weigh(logits_1V, Rules.stack([params]), **row)
-    assert not weights_1W[0, len(logits) :].any()
-    weights = weights_1W[0, : len(logits)].astype(np.float64)
+        urn = weigh(logits_1V, Rules.stack([params]), **row)
+    weights = urn.weights(np.zeros(1, np.int64), len(logits))[0].astype(np.float64)
     np.testing.assert_allclose(weights / weights.sum(), shares, rtol=CLOSE, atol=1e-20)
 
     uniform = np.append((np.arange(62) + 0.5) / 62, [0.0, ALMOST_ONE])
@@ -215,7 +214,8 @@ def test_draws_follow_the_distribution() -> None:
     probabilities = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
     count = 20_000
     weights = np.tile((probabilities / 0.4).astype(np.float32), (count, 1))
-    counts = np.bincount(draw(weights, uniforms(7, 0, np.arange(count))), minlength=5)
+    urn = Urn((Lot(None, weights, None),), np.zeros((count, 1), np.float32))
+    counts = np.bincount(draw(urn, uniforms(7, 0, np.arange(count))), minlength=5)
     assert chi_square(counts, probabilities * count) < CHI_SQUARE[4]
 
 
@@ -312,9 +312,10 @@ class Crowd:
         )
         rules = Rules.stack(self.params[rows])
         with np.errstate(over="ignore", invalid="ignore"):
-            weights_BW, peak_B1 = weigh(
+            urn = weigh(
                 logits_BV, rules, barrier_BV=barrier_BV, bias_BV=bias_BV, counts_BV=counts_BV
             )
+        weights_BW = urn.weights(np.arange(len(logits_BV)), logits_BV.shape[1])
         tokens = sample(
             logits_BV,
             rules,
@@ -323,7 +324,7 @@ class Crowd:
             counts_BV=counts_BV,
             uniform_B=self.uniform_B[rows],
         ).tolist()
-        assert (np.isfinite(peak_B1[:, 0]) == (np.array(tokens) != NONE)).all()
+        assert (np.isfinite(urn.peak_B1[:, 0]) == (np.array(tokens) != NONE)).all()
         # The weights of a row without a token mean nothing.
         bits = [
             b"" if token == NONE else row.tobytes()
@@ -387,10 +388,9 @@ def test_memory_order_moves_no_nucleus(vocabulary: int) -> None:
                 np.array(logits, order=order),
                 rules,
                 barrier_BV=np.zeros(logits.shape, np.float32, order=order),
-            )[0]
+            ).weights(np.arange(64), vocabulary)
             for order in ("C", "F")
         ]
-        assert all(weights_BW.flags.c_contiguous for weights_BW in results)
         assert results[0].tobytes() == results[1].tobytes()
 
 
@@ -402,14 +402,16 @@ def test_one_barrier_and_bias_serve_all_rows() -> None:
         barrier_1V = np.where(rng.random((1, vocabulary)) < 0.7, 0.0, NO).astype(np.float32)
         bias_1V = rng.standard_normal((1, vocabulary)).astype(np.float32)
         rules = Rules.stack([SamplingParams(top_p=0.8)] * 9)
-        one, _ = weigh(logits_BV, rules, barrier_BV=barrier_1V, bias_BV=bias_1V)
-        each, _ = weigh(
+        one = weigh(logits_BV, rules, barrier_BV=barrier_1V, bias_BV=bias_1V)
+        each = weigh(
             logits_BV,
             rules,
             barrier_BV=np.repeat(barrier_1V, 9, axis=0),
             bias_BV=np.repeat(bias_1V, 9, axis=0),
         )
-        assert one.tobytes() == each.tobytes()
+        rows_B = np.arange(9)
+        alone, shared = one.weights(rows_B, vocabulary), each.weights(rows_B, vocabulary)
+        assert alone.tobytes() == shared.tobytes()
 
 
 # Golden draws

@@ -211,16 +211,17 @@ class Batch:
                 else:
                     if characters_B is not None:
                         barrier_BV = self._alphabet.barrier_SV[characters_B]
-                    weights_BW, peak_KB1[step] = weigh(
+                    urn = weigh(
                         logits_BV,
                         rules,
                         barrier_BV=barrier_BV,
                         bias_BV=bias_BV,
                         counts_BV=counts_BV,
                     )
-                    drawn_B = draw(weights_BW, uniform_KB[step])
+                    peak_KB1[step] = urn.peak_B1
+                    drawn_B = draw(urn, uniform_KB[step])
                     if judged_N.size:
-                        weights_KNV[step] = weights_BW[judged_N, :vocabulary]
+                        weights_KNV[step] = urn.weights(judged_N, vocabulary)
                     is_drawn_B: NDArray[np.bool_] | int = 1
                     if step < len(script_KB):
                         is_drawn_B = script_KB[step] == NONE

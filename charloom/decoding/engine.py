@@ -281,18 +281,19 @@ class Engine:
         """Draw the first token of a text that begins with nothing, as there is nothing to feed."""
         params = task.request.params
         with np.errstate(over="ignore", invalid="ignore"):
-            weights_1W, peak_11 = weigh(
+            urn = weigh(
                 self._opening_V[None],
                 Rules.stack([params]),
                 barrier_BV=self._alphabet.barrier_SV[:1],
                 bias_BV=None if task.request.bias_V is None else task.request.bias_V[None],
                 counts_BV=np.zeros((1, len(self._opening_V)), np.int32),
             )
-        if not np.isfinite(peak_11[0, 0]):
+        if not np.isfinite(urn.peak_B1[0, 0]):
             raise nothing_to_draw()
         seed, choice = task.request.seed, task.request.choice
-        token_1 = draw(weights_1W, uniforms(seed, choice, np.zeros(1, np.int64)))
-        judged = (self._opening_V[None], weights_1W[:, : len(self._opening_V)])
+        token_1 = draw(urn, uniforms(seed, choice, np.zeros(1, np.int64)))
+        weights_1V = urn.weights(np.zeros(1, np.int64), len(self._opening_V))
+        judged = (self._opening_V[None], weights_1V)
         self._tokens_drawn += task.write(token_1.tolist(), judged)
         return token_1.astype(np.int32)
 

@@ -19,6 +19,7 @@ Fortran-ordered one in another order), running sums are float64, and token ids b
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -39,9 +40,14 @@ SMALL = 512
 """Up to this many tokens a row is sorted and summed up whole; of a larger vocabulary only those
 tokens are sorted that a rule cannot leave out at sight."""
 
+LIKELY = np.float32(2.0**-10)
+"""Top-p looks first at the tokens of a large vocabulary that are at least this likely, relative to
+the most likely one."""
+
 STRIDE = 64
 """In a larger vocabulary the draw sums up strides of this many tokens, then looks into one."""
 
+LEAST = np.finfo(np.float32).smallest_subnormal
 ALMOST_ONE = np.nextafter(1.0, 0.0)
 
 COLDEST = np.float32(2.0**-100)
@@ -103,11 +109,28 @@ class Rules:
         self.top_p_B1 = _column(records_B, "top_p")
         self.min_p_B1 = _column(records_B, "min_p")
         self.typical_p_B1 = _column(records_B, "typical_p")
+        self._records_B = records_B
+        self._split: tuple[int, Split] | None = None
+
+    def split(self, vocabulary: int) -> "Split":
+        """The rows whose tokens top-k or top-p make few, and the others, each with their rules."""
+        if self._split is None or self._split[0] != vocabulary:
+            records_B = self._records_B
+            is_cut_B = (records_B["top_k"] < vocabulary) | (records_B["top_p"] < 1.0)
+            parts = []
+            for rows in (np.flatnonzero(is_cut_B), np.flatnonzero(~is_cut_B)):
+                rules = self if len(rows) == len(records_B) else type(self)(records_B[rows])
+                parts.append((rows, rules))
+            self._split = vocabulary, (parts[0], parts[1])
+        return self._split[1]
 
     @classmethod
     def stack(cls, rows: Sequence[SamplingParams]) -> Self:
         """The rules of several requests, in their order."""
         return cls(np.stack([record(row) for row in rows]))
+
+
+Split = tuple[tuple[Integers, Rules], tuple[Integers, Rules]]
 
 
 def _column(records_B: NDArray[np.void], name: str) -> NDArray[Any] | None:
@@ -131,11 +154,41 @@ def sample(
     for penalties only). Barrier and bias may have one row for all.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        weights_BW, peak_B1 = weigh(
-            logits_BV, rules, barrier_BV=barrier_BV, bias_BV=bias_BV, counts_BV=counts_BV
-        )
-        tokens_B = draw(weights_BW, uniform_B)
-    return np.where(np.isfinite(peak_B1[:, 0]), tokens_B, NONE)
+        urn = weigh(logits_BV, rules, barrier_BV=barrier_BV, bias_BV=bias_BV, counts_BV=counts_BV)
+        tokens_B = draw(urn, uniform_B)
+    return np.where(np.isfinite(urn.peak_B1[:, 0]), tokens_B, NONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """Weights of tokens that may be drawn: in each row in the order of their numbers."""
+
+    rows: Integers | None
+    """The rows of the batch; None for all of them."""
+    weights_AK: Weights
+    tokens_AK: Integers | None
+    """The tokens' numbers; None where these are the columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Urn:
+    """What a batch is drawn from."""
+
+    lots: Sequence[Lot]
+    peak_B1: Scores
+    """Each row's highest score before temperature; where it is not finite there is no token to
+    draw, and the weights mean nothing."""
+
+    def weights(self, rows: Integers, vocabulary: int) -> Weights:
+        """The weight of every token in some rows of the batch, (N, V)."""
+        weights_BV = np.zeros((len(self.peak_B1), vocabulary), np.float32)
+        for lot in self.lots:
+            at = np.arange(len(weights_BV)) if lot.rows is None else lot.rows
+            if lot.tokens_AK is None:
+                weights_BV[at] = lot.weights_AK[:, :vocabulary]
+            else:  # what fills a row up weighs nothing, and adds that to its token 0
+                np.add.at(weights_BV, (at[:, None], lot.tokens_AK), lot.weights_AK)
+        return weights_BV[rows]
 
 
 def weigh(
@@ -145,12 +198,11 @@ def weigh(
     barrier_BV: Scores,
     bias_BV: Scores | None = None,
     counts_BV: Counts | None = None,
-) -> tuple[Weights, Scores]:
-    """All rules but the draw: weights (B, W), and each row's highest score before temperature.
+) -> Urn:
+    """All rules but the draw.
 
-    A row whose highest score is not finite has no token to draw, and its weights mean nothing;
-    NumPy is to be told to pass over that and over scores beyond float32 (`np.errstate`). Columns
-    beyond the vocabulary, which fill a large one up to whole strides, weigh nothing.
+    NumPy is to be told to pass over scores beyond float32 and over rows that are not numbers
+    (`np.errstate`).
     """
     rows, vocabulary = logits_BV.shape
     width = vocabulary if vocabulary <= SMALL else -(-vocabulary // STRIDE) * STRIDE
@@ -172,11 +224,89 @@ def weigh(
     scores_BV -= peak_B1
     temper(scores_BV, rules)
     weights_BW = np.exp(padded_BW, out=padded_BW)
-    keep_top_k(weights_BW, rules.top_k_B1)
-    keep_top_p(weights_BW, rules.top_p_B1)
-    keep_min_p(weights_BW, rules.min_p_B1)
-    keep_typical_p(weights_BW, rules.typical_p_B1)
-    return weights_BW, peak_B1
+    if width <= SMALL:
+        keep_top_k(weights_BW, rules.top_k_B1)
+        keep_top_p(weights_BW, rules.top_p_B1)
+        return Urn((_fill(weights_BW, rules),), peak_B1)
+    (cut, cut_rules), (free, free_rules) = rules.split(vocabulary)
+    if not cut.size:
+        return Urn((_fill(weights_BW, rules),), peak_B1)
+    if not free.size:
+        return Urn((_cut(weights_BW, rules),), peak_B1)
+    lots = (
+        _cut(weights_BW[cut], cut_rules, cut),
+        _fill(weights_BW[free], free_rules, free),
+    )
+    return Urn(lots, peak_B1)
+
+
+def _fill(weights_AW: Weights, rules: Rules, rows: Integers | None = None) -> Lot:
+    """The last rules, on rows that hold a weight for every token."""
+    keep_min_p(weights_AW, rules.min_p_B1)
+    keep_typical_p(weights_AW, rules.typical_p_B1)
+    return Lot(rows, weights_AW, None)
+
+
+def _cut(weights_AW: Weights, rules: Rules, rows: Integers | None = None) -> Lot:
+    """Top-k, top-p and the last rules where these leave few tokens of a large vocabulary.
+
+    Only the tokens above a floor are looked at. With top-k that is the k-th largest weight or less.
+    With top-p it is `LIKELY` at first, and in rows where too few are above it, an equal share of
+    what may be left out: all tokens below such a share hold less than that together.
+    """
+    total_A1 = np.add.reduce(weights_AW, axis=1, dtype=np.float64, keepdims=True)
+    floor_A1 = np.full(total_A1.shape, LIKELY)
+    has_k_A1: NDArray[np.bool_] | bool = False
+    if rules.top_k_B1 is not None:
+        has_k_A1 = rules.top_k_B1 < weights_AW.shape[1]
+        _find_kth(weights_AW, rules.top_k_B1, floor_A1)
+    weights_AK, tokens_AK = _gather(weights_AW, floor_A1)
+    if rules.top_p_B1 is not None:
+        held_A1 = np.add.reduce(weights_AK, axis=1, dtype=np.float64, keepdims=True)
+        is_short_A1 = ~has_k_A1 & (held_A1 < rules.top_p_B1 * total_A1)
+        if is_short_A1.any():
+            share_A1 = 0.999 * (1.0 - rules.top_p_B1) * total_A1 / weights_AW.shape[1]
+            floor_A1 = np.where(is_short_A1, share_A1.astype(np.float32), floor_A1)
+            weights_AK, tokens_AK = _gather(weights_AW, floor_A1)
+    keep_top_k(weights_AK, rules.top_k_B1)
+    if rules.top_k_B1 is not None:
+        held_A1 = np.add.reduce(weights_AK, axis=1, dtype=np.float64, keepdims=True)
+        total_A1 = np.where(has_k_A1, held_A1, total_A1)
+    keep_top_p(weights_AK, rules.top_p_B1, total_A1)
+    lot = _fill(weights_AK, rules, rows)
+    return Lot(rows, lot.weights_AK, tokens_AK)
+
+
+def _find_kth(weights_AW: Weights, k_A1: Integers, floor_A1: Weights) -> None:
+    """Set the floor of rows with top-k to their k-th largest weight, or to less."""
+    width = weights_AW.shape[1]
+    strides = width // STRIDE
+    few = np.flatnonzero(k_A1 <= strides)
+    if few.size:
+        # As many strides as k have their largest weight at or above the k-th of those.
+        largest_AS = np.maximum.reduce(weights_AW[few].reshape(len(few), -1, STRIDE), axis=2)
+        largest_AS.sort(axis=1)
+        floor_A1[few] = largest_AS[np.arange(len(few)), -k_A1[few, 0], None]
+    for row in np.flatnonzero((k_A1 > strides) & (k_A1 < width)):
+        place = width - int(k_A1[row, 0])
+        floor_A1[row] = np.partition(weights_AW[row], place)[place]
+
+
+def _gather(weights_AW: Weights, floor_A1: Weights) -> tuple[Weights, Integers]:
+    """The weights of at least the floor and their tokens, (A, K), by token; filled up with 0.
+
+    What weighs nothing is never among them, the columns beyond the vocabulary included.
+    """
+    rows, width = weights_AW.shape
+    flat = np.flatnonzero(weights_AW >= np.maximum(floor_A1, LEAST))
+    row = flat // width
+    known_A = np.bincount(row, minlength=rows)
+    place = np.arange(len(flat)) - np.repeat(known_A.cumsum() - known_A, known_A)
+    shape = rows, max(int(known_A.max()), 1)
+    weights_AK, tokens_AK = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+    weights_AK[row, place] = weights_AW.ravel()[flat]
+    tokens_AK[row, place] = flat - row * width
+    return weights_AK, tokens_AK
 
 
 def penalise_repetition(scores_BV: Scores, penalty_B1: Scores | None, counts_BV: Counts) -> None:
@@ -220,73 +350,38 @@ def temper(scores_BV: Scores, rules: Rules) -> None:
         scores_BV[rules.greedy_A, best_A] = 0.0
 
 
-def keep_top_k(weights_BW: Weights, k_B1: Integers | None) -> None:
+def keep_top_k(weights_AK: Weights, k_A1: Integers | None) -> None:
     """Keep the k most likely tokens of each row; of equal ones those of lower id."""
-    if k_B1 is None:
+    if k_A1 is None:
         return
-    width = weights_BW.shape[1]
-    active = np.flatnonzero(k_B1 < width)
-    if not active.size:
-        return
-    weights_AW, last_A = weights_BW[active], k_B1[active, 0] - 1
-    floor_A1 = None
-    if width > SMALL and last_A.max() < width // STRIDE:
-        # As many strides as k have their largest weight at or above the k-th of those.
-        largest_AS = weights_AW.reshape(len(active), -1, STRIDE).max(axis=2)
-        largest_AS.sort(axis=1)
-        floor_A1 = largest_AS[np.arange(len(active)), -1 - last_A, None]
-    ranked_AK = _rank(weights_AW, floor_A1, least=int(last_A.max()) + 1)
-    least_A1 = ranked_AK[np.arange(len(active)), last_A, None]
-    is_kept_AW = weights_AW >= least_A1
-    surplus_A = is_kept_AW.sum(axis=1) - last_A - 1
+    rows, width = weights_AK.shape
+    size_A1 = np.minimum(k_A1, width)
+    least_A1 = np.sort(weights_AK, axis=1)[np.arange(rows), -size_A1[:, 0], None]
+    is_kept_AK = weights_AK >= least_A1
+    surplus_A = np.add.reduce(is_kept_AK, axis=1) - size_A1[:, 0]
     for row in np.flatnonzero((surplus_A > 0) & (least_A1[:, 0] > 0.0)):
-        equals = np.flatnonzero(weights_AW[row] == least_A1[row])
-        is_kept_AW[row, equals[-surplus_A[row] :]] = False
-    weights_BW[active] = weights_AW * is_kept_AW
+        equals = np.flatnonzero(weights_AK[row] == least_A1[row])
+        is_kept_AK[row, equals[-surplus_A[row] :]] = False
+    weights_AK *= is_kept_AK
 
 
-def keep_top_p(weights_BW: Weights, p_B1: Sums | None) -> None:
+def keep_top_p(weights_AK: Weights, p_A1: Sums | None, total_A1: Sums | None = None) -> None:
     """Keep the fewest most likely tokens whose probabilities together reach p, and their equals.
 
-    Holtzman et al. 2019 (arXiv 1904.09751).
+    Holtzman et al. 2019 (arXiv 1904.09751). `total_A1` is what all tokens weigh together, where
+    some are not among these.
     """
-    if p_B1 is None:
+    if p_A1 is None:
         return
-    rows, width = weights_BW.shape
-    is_idle_B1 = p_B1 == 1.0  # rows to which this does not apply
-    if width <= SMALL:
-        ranked_BK = _rank(weights_BW, None)
-        reached_BK = np.add.accumulate(ranked_BK, axis=1, dtype=np.float64)
-        last_B = (reached_BK >= p_B1 * reached_BK[:, -1:]).argmax(axis=1)
-    else:
-        # All tokens below an equal share of what may be left out hold less than that together.
-        total_B1 = np.add.reduce(weights_BW, axis=1, dtype=np.float64, keepdims=True)
-        floor_B1 = (0.999 * (1.0 - p_B1) * total_B1 / width).astype(np.float32)
-        floor_B1[is_idle_B1] = np.inf
-        ranked_BK = _rank(weights_BW, floor_B1)
-        reached_BK = np.add.accumulate(ranked_BK, axis=1, dtype=np.float64)
-        # Summed up in another order, all weights may round to less than p of the total.
-        wanted_B1 = np.minimum(p_B1 * total_B1, reached_BK[:, -1:])
-        last_B = (reached_BK >= wanted_B1).argmax(axis=1)
-    least_B1 = ranked_BK[np.arange(rows), last_B, None]
-    least_B1[is_idle_B1] = 0.0
-    weights_BW *= weights_BW >= least_B1
-
-
-def _rank(weights_AW: Weights, floor_A1: Weights | None, least: int = 1) -> Weights:
-    """The weights of at least the floor, or all, by falling size, (A, K); filled up with zeros.
-
-    `least` is the smallest K: in a row that is not numbers no weight reaches any floor.
-    """
-    if floor_A1 is None:
-        return np.sort(weights_AW, axis=1)[:, ::-1]
-    is_above_AW = weights_AW >= floor_A1
-    above_A = is_above_AW.sum(axis=1)
-    above_AK = np.zeros((len(above_A), max(int(above_A.max()), least)), np.float32)
-    above = weights_AW.ravel()[np.flatnonzero(is_above_AW)]
-    above_AK.ravel()[np.flatnonzero(np.arange(above_AK.shape[1]) < above_A[:, None])] = above
-    above_AK.sort(axis=1)
-    return above_AK[:, ::-1]
+    ranked_AK = np.sort(weights_AK, axis=1)[:, ::-1]
+    reached_AK = np.add.accumulate(ranked_AK, axis=1, dtype=np.float64)
+    all_A1 = reached_AK[:, -1:]
+    # Summed up in another order, all weights may round to less than p of a total that was given.
+    wanted_A1 = p_A1 * all_A1 if total_A1 is None else np.minimum(p_A1 * total_A1, all_A1)
+    last_A = (reached_AK >= wanted_A1).argmax(axis=1)
+    least_A1 = ranked_AK[np.arange(len(last_A)), last_A, None]
+    least_A1 *= p_A1 < 1.0  # nothing for rows to which this does not apply
+    weights_AK *= weights_AK >= least_A1
 
 
 def keep_min_p(weights_BW: Weights, p_B1: Weights | None) -> None:
@@ -325,28 +420,40 @@ def keep_typical_p(weights_BW: Weights, p_B1: Sums | None) -> None:
     weights_BW[rows] *= kept_AW
 
 
-def draw(weights_BW: Weights, uniform_B: Sums) -> Integers:
+def draw(urn: Urn, uniform_B: Sums) -> Integers:
     """The token in whose share of the row's weight, laid out by token id, `uniform_B` falls.
 
     A uniform below 1 stays below the total after rounding, and a token of no weight has no share,
     so such a token is never drawn.
     """
-    rows, width = weights_BW.shape
+    if urn.lots[0].rows is None:
+        return _draw_lot(urn.lots[0], uniform_B)
+    tokens_B = np.empty(len(uniform_B), np.int64)
+    for lot in urn.lots:
+        tokens_B[lot.rows] = _draw_lot(lot, uniform_B[lot.rows])
+    return tokens_B
+
+
+def _draw_lot(lot: Lot, uniform_A: Sums) -> Integers:
+    weights_AK, tokens_AK = lot.weights_AK, lot.tokens_AK
+    rows, width = weights_AK.shape
+    if tokens_AK is not None:
+        return tokens_AK[np.arange(rows), _find(weights_AK, uniform_A)[0]]
     if width <= SMALL:
-        return _find(weights_BW, uniform_B)[0]
-    strides_BSW = weights_BW.reshape(rows, -1, STRIDE)
-    strides_BS = np.add.reduce(strides_BSW, axis=2)
-    stride_B, target_B, reached_BS = _find(strides_BS, uniform_B)
-    row_B = np.arange(rows)
-    share_B = strides_BS[row_B, stride_B]
-    into_B = (target_B - (reached_BS[row_B, stride_B] - share_B)) / share_B
-    token_B = _find(strides_BSW[row_B, stride_B], into_B.clip(0.0, ALMOST_ONE))[0]
-    return stride_B * STRIDE + token_B
+        return _find(weights_AK, uniform_A)[0]
+    strides_ASW = weights_AK.reshape(rows, -1, STRIDE)
+    strides_AS = np.add.reduce(strides_ASW, axis=2)
+    stride_A, target_A, reached_AS = _find(strides_AS, uniform_A)
+    row_A = np.arange(rows)
+    share_A = strides_AS[row_A, stride_A]
+    into_A = (target_A - (reached_AS[row_A, stride_A] - share_A)) / share_A
+    token_A = _find(strides_ASW[row_A, stride_A], into_A.clip(0.0, ALMOST_ONE))[0]
+    return stride_A * STRIDE + token_A
 
 
-def _find(weights_BW: Weights, uniform_B: Sums) -> tuple[Integers, Sums, Sums]:
+def _find(weights_AK: Weights, uniform_A: Sums) -> tuple[Integers, Sums, Sums]:
     """The index in whose share of the row the uniform falls, that place, and the running sums."""
-    reached_BW = np.add.accumulate(weights_BW, axis=1, dtype=np.float64)
-    target_B = uniform_B * reached_BW[:, -1]
-    index_B: Integers = (reached_BW > target_B[:, None]).argmax(axis=1)
-    return index_B, target_B, reached_BW
+    reached_AK = np.add.accumulate(weights_AK, axis=1, dtype=np.float64)
+    target_A = uniform_A * reached_AK[:, -1]
+    index_A: Integers = (reached_AK > target_A[:, None]).argmax(axis=1)
+    return index_A, target_A, reached_AK
