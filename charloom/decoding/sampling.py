@@ -14,8 +14,7 @@ A neutral parameter leaves a row's bits alone and a row's result never depends o
 a text is the same alone and in a crowd. That is why arrays are C-ordered (NumPy adds up a
 Fortran-ordered one in another order), running sums are float64, and token ids break ties.
 
-    B rows   A those of them that a rule concerns   V vocabulary   W the same, filled up to strides
-    K tokens by falling weight
+    B rows   A some of them   V vocabulary   K some of its tokens   S strides of W tokens
 """
 
 from collections.abc import Sequence
@@ -185,7 +184,7 @@ class Urn:
         for lot in self.lots:
             at = np.arange(len(weights_BV)) if lot.rows is None else lot.rows
             if lot.tokens_AK is None:
-                weights_BV[at] = lot.weights_AK[:, :vocabulary]
+                weights_BV[at] = lot.weights_AK
             else:  # what fills a row up weighs nothing, and adds that to its token 0
                 np.add.at(weights_BV, (at[:, None], lot.tokens_AK), lot.weights_AK)
         return weights_BV[rows]
@@ -204,16 +203,8 @@ def weigh(
     NumPy is to be told to pass over scores beyond float32 and over rows that are not numbers
     (`np.errstate`).
     """
-    rows, vocabulary = logits_BV.shape
-    width = vocabulary if vocabulary <= SMALL else -(-vocabulary // STRIDE) * STRIDE
-    if width == vocabulary:
-        padded_BW = scores_BV = np.add(logits_BV, barrier_BV, order="C")
-    else:
-        padded_BW = np.empty((rows, width), np.float32)
-        padded_BW[:, vocabulary:] = -np.inf
-        scores_BV = padded_BW[:, :vocabulary]
-        np.add(logits_BV, barrier_BV, out=scores_BV)
     # A barrier lets only 0 and -inf in, so it makes no difference that it comes first.
+    scores_BV = np.add(logits_BV, barrier_BV, order="C")
     if bias_BV is not None:
         scores_BV += bias_BV
     if rules.need_counts:
@@ -223,20 +214,17 @@ def weigh(
     peak_B1 = np.maximum.reduce(scores_BV, axis=1, keepdims=True)
     scores_BV -= peak_B1
     temper(scores_BV, rules)
-    weights_BW = np.exp(padded_BW, out=padded_BW)
-    if width <= SMALL:
-        keep_top_k(weights_BW, rules.top_k_B1)
-        keep_top_p(weights_BW, rules.top_p_B1)
-        return Urn((_fill(weights_BW, rules),), peak_B1)
-    (cut, cut_rules), (free, free_rules) = rules.split(vocabulary)
+    weights_BV = np.exp(scores_BV, out=scores_BV)
+    if weights_BV.shape[1] <= SMALL:
+        keep_top_k(weights_BV, rules.top_k_B1)
+        keep_top_p(weights_BV, rules.top_p_B1)
+        return Urn((_fill(weights_BV, rules),), peak_B1)
+    (cut, cut_rules), (free, free_rules) = rules.split(weights_BV.shape[1])
     if not cut.size:
-        return Urn((_fill(weights_BW, rules),), peak_B1)
+        return Urn((_fill(weights_BV, rules),), peak_B1)
     if not free.size:
-        return Urn((_cut(weights_BW, rules),), peak_B1)
-    lots = (
-        _cut(weights_BW[cut], cut_rules, cut),
-        _fill(weights_BW[free], free_rules, free),
-    )
+        return Urn((_cut(weights_BV, rules),), peak_B1)
+    lots = (_cut(weights_BV[cut], cut_rules, cut), _fill(weights_BV[free], free_rules, free))
     return Urn(lots, peak_B1)
 
 
@@ -247,65 +235,69 @@ def _fill(weights_AW: Weights, rules: Rules, rows: Integers | None = None) -> Lo
     return Lot(rows, weights_AW, None)
 
 
-def _cut(weights_AW: Weights, rules: Rules, rows: Integers | None = None) -> Lot:
+def _cut(weights_AV: Weights, rules: Rules, rows: Integers | None = None) -> Lot:
     """Top-k, top-p and the last rules where these leave few tokens of a large vocabulary.
 
     Only the tokens above a floor are looked at. With top-k that is the k-th largest weight or less.
     With top-p it is `LIKELY` at first, and in rows where too few are above it, an equal share of
     what may be left out: all tokens below such a share hold less than that together.
     """
-    total_A1 = np.add.reduce(weights_AW, axis=1, dtype=np.float64, keepdims=True)
-    floor_A1 = np.full(total_A1.shape, LIKELY)
-    has_k_A1: NDArray[np.bool_] | bool = False
+    floor_A1: Weights | np.float32 = LIKELY
     if rules.top_k_B1 is not None:
-        has_k_A1 = rules.top_k_B1 < weights_AW.shape[1]
-        _find_kth(weights_AW, rules.top_k_B1, floor_A1)
-    weights_AK, tokens_AK = _gather(weights_AW, floor_A1)
-    if rules.top_p_B1 is not None:
-        held_A1 = np.add.reduce(weights_AK, axis=1, dtype=np.float64, keepdims=True)
-        is_short_A1 = ~has_k_A1 & (held_A1 < rules.top_p_B1 * total_A1)
-        if is_short_A1.any():
-            share_A1 = 0.999 * (1.0 - rules.top_p_B1) * total_A1 / weights_AW.shape[1]
-            floor_A1 = np.where(is_short_A1, share_A1.astype(np.float32), floor_A1)
-            weights_AK, tokens_AK = _gather(weights_AW, floor_A1)
+        floor_A1 = _find_kth(weights_AV, rules.top_k_B1)
+    weights_AK, tokens_AK = _gather(weights_AV, floor_A1)
     keep_top_k(weights_AK, rules.top_k_B1)
-    if rules.top_k_B1 is not None:
-        held_A1 = np.add.reduce(weights_AK, axis=1, dtype=np.float64, keepdims=True)
-        total_A1 = np.where(has_k_A1, held_A1, total_A1)
-    keep_top_p(weights_AK, rules.top_p_B1, total_A1)
+    if rules.top_p_B1 is not None:
+        total_A1 = np.add.reduce(weights_AV, axis=1, dtype=np.float64, keepdims=True)
+        if rules.top_k_B1 is not None:  # where top-k left few, they are all there is
+            held_A1 = np.add.reduce(weights_AK, axis=1, dtype=np.float64, keepdims=True)
+            total_A1 = np.where(rules.top_k_B1 < weights_AV.shape[1], held_A1, total_A1)
+        is_short_A1 = keep_top_p(weights_AK, rules.top_p_B1, total_A1)
+        if np.any(is_short_A1):
+            share_A1 = 0.999 * (1.0 - rules.top_p_B1) * total_A1 / weights_AV.shape[1]
+            share_A1 = np.maximum(share_A1.astype(np.float32), LEAST)
+            floor_A1 = np.where(is_short_A1, share_A1, floor_A1)
+            weights_AK, tokens_AK = _gather(weights_AV, floor_A1)
+            keep_top_k(weights_AK, rules.top_k_B1)
+            keep_top_p(weights_AK, rules.top_p_B1, total_A1)
     lot = _fill(weights_AK, rules, rows)
     return Lot(rows, lot.weights_AK, tokens_AK)
 
 
-def _find_kth(weights_AW: Weights, k_A1: Integers, floor_A1: Weights) -> None:
-    """Set the floor of rows with top-k to their k-th largest weight, or to less."""
-    width = weights_AW.shape[1]
-    strides = width // STRIDE
+def _find_kth(weights_AV: Weights, k_A1: Integers) -> Weights:
+    """A floor that k weights reach in rows with top-k, near the k-th largest, else `LIKELY`."""
+    vocabulary = weights_AV.shape[1]
+    floor_A1 = np.full(k_A1.shape, LIKELY)
+    strides = vocabulary // STRIDE
     few = np.flatnonzero(k_A1 <= strides)
     if few.size:
         # As many strides as k have their largest weight at or above the k-th of those.
-        largest_AS = np.maximum.reduce(weights_AW[few].reshape(len(few), -1, STRIDE), axis=2)
+        strides_ASW = weights_AV[few, : strides * STRIDE].reshape(len(few), strides, STRIDE)
+        largest_AS = np.maximum.reduce(strides_ASW, axis=2)
         largest_AS.sort(axis=1)
         floor_A1[few] = largest_AS[np.arange(len(few)), -k_A1[few, 0], None]
-    for row in np.flatnonzero((k_A1 > strides) & (k_A1 < width)):
-        place = width - int(k_A1[row, 0])
-        floor_A1[row] = np.partition(weights_AW[row], place)[place]
+    for row in np.flatnonzero((k_A1 > strides) & (k_A1 < vocabulary)):
+        place = vocabulary - int(k_A1[row, 0])
+        floor_A1[row] = np.partition(weights_AV[row], place)[place]
+    return np.maximum(floor_A1, LEAST)
 
 
-def _gather(weights_AW: Weights, floor_A1: Weights) -> tuple[Weights, Integers]:
-    """The weights of at least the floor and their tokens, (A, K), by token; filled up with 0.
+def _gather(weights_AV: Weights, floor_A1: Weights | np.float32) -> tuple[Weights, Integers]:
+    """The weights of at least the floor, which is above 0, and their tokens, (A, K), by token.
 
-    What weighs nothing is never among them, the columns beyond the vocabulary included.
+    Rows are filled up with weights of 0.
     """
-    rows, width = weights_AW.shape
-    flat = np.flatnonzero(weights_AW >= np.maximum(floor_A1, LEAST))
-    row = flat // width
-    known_A = np.bincount(row, minlength=rows)
-    place = np.arange(len(flat)) - np.repeat(known_A.cumsum() - known_A, known_A)
+    rows, vocabulary = weights_AV.shape
+    flat = np.flatnonzero(weights_AV >= floor_A1)
+    if rows == 1 and flat.size:
+        return weights_AV.take(flat, axis=1), flat[None]
+    starts_A = np.arange(rows) * vocabulary
+    known_A = np.diff(flat.searchsorted(starts_A), append=len(flat))
     shape = rows, max(int(known_A.max()), 1)
+    is_filled_AK = np.arange(shape[1]) < known_A[:, None]
     weights_AK, tokens_AK = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
-    weights_AK[row, place] = weights_AW.ravel()[flat]
-    tokens_AK[row, place] = flat - row * width
+    weights_AK[is_filled_AK] = weights_AV.ravel()[flat]
+    tokens_AK[is_filled_AK] = flat - np.repeat(starts_A, known_A)
     return weights_AK, tokens_AK
 
 
@@ -365,23 +357,27 @@ def keep_top_k(weights_AK: Weights, k_A1: Integers | None) -> None:
     weights_AK *= is_kept_AK
 
 
-def keep_top_p(weights_AK: Weights, p_A1: Sums | None, total_A1: Sums | None = None) -> None:
+def keep_top_p(
+    weights_AK: Weights, p_A1: Sums | None, total_A1: Sums | None = None
+) -> NDArray[np.bool_] | bool:
     """Keep the fewest most likely tokens whose probabilities together reach p, and their equals.
 
     Holtzman et al. 2019 (arXiv 1904.09751). `total_A1` is what all tokens weigh together, where
-    some are not among these.
+    some are not among these; tells in which rows these do not reach p.
     """
     if p_A1 is None:
-        return
+        return False
     ranked_AK = np.sort(weights_AK, axis=1)[:, ::-1]
     reached_AK = np.add.accumulate(ranked_AK, axis=1, dtype=np.float64)
-    all_A1 = reached_AK[:, -1:]
-    # Summed up in another order, all weights may round to less than p of a total that was given.
-    wanted_A1 = p_A1 * all_A1 if total_A1 is None else np.minimum(p_A1 * total_A1, all_A1)
-    last_A = (reached_AK >= wanted_A1).argmax(axis=1)
+    held_A1 = reached_AK[:, -1:]
+    wanted_A1 = p_A1 * (held_A1 if total_A1 is None else total_A1)
+    is_active_A1 = p_A1 < 1.0
+    is_short_A1 = is_active_A1 & (held_A1 < wanted_A1)
+    last_A = (reached_AK >= np.minimum(wanted_A1, held_A1)).argmax(axis=1)
     least_A1 = ranked_AK[np.arange(len(last_A)), last_A, None]
-    least_A1 *= p_A1 < 1.0  # nothing for rows to which this does not apply
+    least_A1 *= is_active_A1  # nothing where this does not apply
     weights_AK *= weights_AK >= least_A1
+    return is_short_A1
 
 
 def keep_min_p(weights_BW: Weights, p_B1: Weights | None) -> None:
@@ -441,7 +437,8 @@ def _draw_lot(lot: Lot, uniform_A: Sums) -> Integers:
         return tokens_AK[np.arange(rows), _find(weights_AK, uniform_A)[0]]
     if width <= SMALL:
         return _find(weights_AK, uniform_A)[0]
-    strides_ASW = weights_AK.reshape(rows, -1, STRIDE)
+    strides_ASW = np.zeros((rows, -(-width // STRIDE), STRIDE), np.float32)
+    strides_ASW.reshape(rows, -1)[:, :width] = weights_AK
     strides_AS = np.add.reduce(strides_ASW, axis=2)
     stride_A, target_A, reached_AS = _find(strides_AS, uniform_A)
     row_A = np.arange(rows)
