@@ -7,9 +7,10 @@
     python benchmarks/decode.py --model models/demo --text FILE   # what int8 costs in bits
 
 Every line of the table is one model and batch, measured in rounds that take turns: the naive loop
-(eager `nn.LSTM`, softmax, multinomial) with one thread and with all, the step graph alone, and the
-engine, which samples with temperature 0.8 and top-p 0.95 and makes text of it. Figures are medians
-over the rounds. "read once" is the time that it takes to read the int8 weights from memory.
+(eager `nn.LSTM`, softmax, multinomial) with one thread and with all, the step graph alone (by
+`session.run` with arrays in and out, and with its arrays bound once), and the engine, which samples
+with temperature 0.8 and top-p 0.95 and makes text of it. Figures are medians over the rounds. "read
+once" is the time that it takes to read the int8 weights from memory.
 
 Weights are random, as PyTorch draws them; the output layer is scaled until the mean entropy is that
 of a trained model (2 bits with 65 characters, 5 bits with 5,000), since the cost of top-p depends
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from machine import describe
 from torch import nn
@@ -33,8 +35,9 @@ import charloom
 from charloom.architecture import Architecture
 from charloom.checkpoint import Checkpoint
 from charloom.decoding.alphabet import Alphabet
-from charloom.decoding.decoder import GraphDecoder, Kernel, choose_kernel
+from charloom.decoding.decoder import GraphDecoder, Kernel, choose_kernel, open_session
 from charloom.decoding.engine import Engine
+from charloom.decoding.graph import build, state_names
 from charloom.decoding.request import Handle, Prompt, Request
 from charloom.params import Precision, SamplingParams
 from charloom.tokenizer import CharacterTokenizer
@@ -168,10 +171,24 @@ def write(engine: Engine, batch: int, length: int) -> None:
 
 
 def step(decoder: GraphDecoder, batch: int, length: int) -> None:
-    """The step graph alone."""
+    """The step graph alone, its arrays bound once, as the engine runs it."""
     tokens = np.full(batch, 2, np.int32)
     for _ in range(length):
         decoder.step(tokens)
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, checkpoint: Checkpoint, batch: int, length: int
+) -> None:
+    """The step graph alone, as the runtime is usually called: arrays in, arrays out."""
+    shape = batch, checkpoint.architecture.hidden
+    names = state_names(checkpoint.architecture, "state")
+    outputs = ["logits", *state_names(checkpoint.architecture, "next")]
+    tokens = np.full(batch, 2, np.int32)
+    states = [np.zeros(shape, np.float32) for _ in names]
+    for _ in range(length):
+        feed = {"tokens": tokens, **dict(zip(names, states, strict=True))}
+        _, *states = session.run(outputs, feed)
 
 
 def seconds_per_step(run: Callable[[int], object], guess: float) -> float:
@@ -209,13 +226,24 @@ def compare(name: str, kernel: Kernel, batches: list[int], rounds: int, speed: f
     decoder = GraphDecoder(checkpoint, kernel, capacity=max(batches), threads=threads)
     load = time.perf_counter() - start
     engine = make_engine(checkpoint, decoder)
+    session = open_session(
+        build(
+            checkpoint.architecture,
+            checkpoint.tensors,
+            decoder.arithmetic,
+            signed_weights=kernel != "int8-unsigned",
+        ),
+        threads=threads,
+        spinning=True,
+    )
     naive = Naive(checkpoint)
     once = weight_bytes(checkpoint.architecture) / speed
     for batch in batches:
         runs: dict[str, Callable[[int], object]] = {
             "naive, 1 thread": partial(naive.write, batch, threads=1),
             "naive, all threads": partial(naive.write, batch, threads=threads),
-            "graph": partial(step, decoder, batch),
+            "graph, session.run": partial(run_session, session, checkpoint, batch),
+            "graph, bound": partial(step, decoder, batch),
             "engine": partial(write, engine, batch),
         }
         guesses = {}
@@ -236,7 +264,8 @@ def compare(name: str, kernel: Kernel, batches: list[int], rounds: int, speed: f
             f"{batch / middle['engine']:,.0f}",
             f"{best / middle['engine']:.1f}",
             f"{middle['naive, 1 thread'] / middle['engine']:.1f}",
-            f"{middle['graph'] / middle['engine']:.0%}",
+            f"{middle['graph, session.run'] / middle['engine']:.0%}",
+            f"{middle['graph, bound'] / middle['engine']:.0%}",
             f"{load:.2f}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -336,7 +365,12 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     kernel = choose_kernel(chosen.precision)
-    print(f"{describe()}\n")
+    versions = {
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "numpy": np.__version__,
+    }
+    print(f"{describe(**versions)}\n")
     if chosen.million:
         far_into_a_text(kernel, chosen.rounds)
     elif chosen.streams:
@@ -347,11 +381,11 @@ def main() -> None:
         speed = bandwidth()
         print(f"{kernel}; memory is read at {speed / 1e9:.0f} GB/s; microseconds a step:\n")
         print(
-            "| model | batch | naive, 1 thread | naive, all threads | graph alone | engine | "
-            "read once | characters/s | against the better naive | against 1 thread | "
-            "share of the graph | load, s |"
+            "| model | batch | naive, 1 thread | naive, all threads | graph, session.run | "
+            "graph, bound | engine | read once | characters/s | against the better naive | "
+            "against 1 thread | session.run / engine | bound graph / engine | load, s |"
         )
-        print("|---|" + "---:|" * 11)
+        print("|---|" + "---:|" * 13)
         for name in chosen.only or MODELS:
             compare(name, kernel, chosen.batch or [1, 8, 64], chosen.rounds, speed)
 

@@ -95,7 +95,7 @@ class GraphDecoder:
             arithmetic,
             signed_weights=kernel != "int8-unsigned",
         )
-        self._session = _open_session(graph, threads=threads, spinning=spinning)
+        self._session = open_session(graph, threads=threads, spinning=spinning)
         self._inputs = state_names(architecture, "state")
         self._outputs = state_names(architecture, "next")
         shape = (2, architecture.layers, architecture.state_parts, capacity, architecture.hidden)
@@ -183,7 +183,7 @@ def _multiply(
         [helper.make_tensor_value_info("sums", TensorProto.INT32, columns)],
         [weight],
     )
-    session = _open_session(serialise(graph), threads=1, spinning=False)
+    session = open_session(serialise(graph), threads=1, spinning=False)
     sums_BG: NDArray[np.int32] = session.run(None, {"activations": activations_BI})[0]
     return sums_BG
 
@@ -226,7 +226,8 @@ def choose_kernel(asked: Precision, exact: Callable[[bool], bool] = is_exact) ->
     return "float32"
 
 
-def _open_session(graph: bytes, *, threads: int, spinning: bool) -> onnxruntime.InferenceSession:
+def open_session(graph: bytes, *, threads: int, spinning: bool) -> onnxruntime.InferenceSession:
+    """A graph, ready to run; threads that spin wait busily for the next step."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
