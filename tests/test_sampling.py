@@ -210,7 +210,8 @@ def test_top_p_table(width: int) -> None:
     """The fewest tokens that reach p: 0.5 reaches 0.5, 0.51 needs 0.5 + 0.25, and so on."""
     wanted = [5e-324, 0.1, 0.5, 0.51, 0.75, 0.76, 0.9, ALMOST_ONE, 1.0]
     weights, places = spread(rows(*[[0.25, 1, 0.25, 0.5]] * len(wanted)), width)
-    keep_top_p(weights, np.array(wanted)[:, None])
+    idle = np.flatnonzero(np.array(wanted) == 1.0)
+    keep_top_p(weights, np.array(wanted)[:, None], idle)
     assert kept(weights) == [
         places[row].tolist()
         for row in (

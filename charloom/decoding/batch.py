@@ -24,7 +24,7 @@ from charloom.cell import State
 from charloom.decoding.alphabet import REACH, Alphabet
 from charloom.decoding.decoder import Decoder
 from charloom.decoding.draws import uniforms
-from charloom.decoding.sampling import NONE, RECORD, Rules, draw, record, weigh
+from charloom.decoding.sampling import NONE, RECORD, Rules, Urn, draw, record, weigh
 from charloom.params import SamplingParams
 
 NEVER = np.iinfo(np.int64).max
@@ -74,6 +74,34 @@ class Block:
     """The marked lengths that were reached, and the state at each."""
     judged: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]]
     """Logits and what the rules made of them, each (K, V), of the rows that are judged."""
+
+
+class _Judging:
+    """Collects what the judged rows' tokens follow from, step by step."""
+
+    def __init__(self, rows: list[Row], steps: int, vocabulary: int) -> None:
+        self._rows_N = np.flatnonzero([row.is_judged for row in rows])
+        self._logits_KNV = np.zeros((steps, len(self._rows_N), vocabulary), np.float32)
+        # Unlike zeros_like, this costs nothing until it is used.
+        self._weights_KNV = np.zeros(self._logits_KNV.shape, np.float32)
+
+    def __bool__(self) -> bool:
+        return self._rows_N.size > 0
+
+    def note_logits(self, step: int, logits_BV: NDArray[np.float32]) -> None:
+        """Keep what the network gave."""
+        self._logits_KNV[step] = logits_BV[self._rows_N]
+
+    def note_weights(self, step: int, urn: Urn) -> None:
+        """Keep what the rules made of it."""
+        self._weights_KNV[step] = urn.weights(self._rows_N, self._logits_KNV.shape[2])
+
+    def by_row(self) -> dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Logits and weights, each (K, V), by the row's index."""
+        return {
+            index: (self._logits_KNV[:, place], self._weights_KNV[:, place])
+            for place, index in enumerate(self._rows_N.tolist())
+        }
 
 
 class Batch:
@@ -189,10 +217,7 @@ class Batch:
         script_KB = self._open_scripts(steps)
         marks = self._find_marks(steps)
         states: dict[int, list[tuple[int, State]]] = {}
-        judged_N = np.flatnonzero([row.is_judged for row in self.rows])
-        vocabulary = self._decoder.vocabulary_size
-        logits_KNV = np.zeros((steps, len(judged_N), vocabulary), np.float32)
-        weights_KNV = np.zeros(logits_KNV.shape, np.float32)  # unlike zeros_like, free until used
+        judging = _Judging(self.rows, steps, self._decoder.vocabulary_size)
         tokens_KB = np.empty((steps, rows), np.int64)
         peak_KB1 = np.zeros((steps, rows, 1), np.float32)
         tokens_B = self._tokens[:rows]
@@ -204,8 +229,8 @@ class Batch:
         with np.errstate(over="ignore", invalid="ignore"):
             for step in range(steps):
                 logits_BV = self._decoder.step(tokens_B)
-                if judged_N.size:
-                    logits_KNV[step] = logits_BV[judged_N]
+                if judging:
+                    judging.note_logits(step, logits_BV)
                 if step < together:  # all rows read
                     drawn_B = script_KB[step]
                 else:
@@ -220,8 +245,8 @@ class Batch:
                     )
                     peak_KB1[step] = urn.peak_B1
                     drawn_B = draw(urn, uniform_KB[step])
-                    if judged_N.size:
-                        weights_KNV[step] = urn.weights(judged_N, vocabulary)
+                    if judging:
+                        judging.note_weights(step, urn)
                     is_drawn_B: NDArray[np.bool_] | int = 1
                     if step < len(script_KB):
                         is_drawn_B = script_KB[step] == NONE
@@ -246,10 +271,7 @@ class Batch:
             unread=self.unread,
             tokens=tokens_KB.T.tolist(),
             states=states,
-            judged={
-                index: (logits_KNV[:, place], weights_KNV[:, place])
-                for place, index in enumerate(judged_N.tolist())
-            },
+            judged=judging.by_row(),
         )
 
     def _draw_ahead(self, steps: int) -> NDArray[np.float64]:

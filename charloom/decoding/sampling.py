@@ -18,8 +18,7 @@ Fortran-ordered one in another order), running sums are float64, and token ids b
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +105,8 @@ class Rules:
             self.temperature_B1 = np.where(is_greedy_B1, np.float32(1.0), self.temperature_B1)
         self.top_k_B1 = _column(records_B, "top_k")
         self.top_p_B1 = _column(records_B, "top_p")
+        # Rows that top-p does not apply to, beside others that it does.
+        self.no_top_p_A = np.flatnonzero(records_B["top_p"] == 1.0)
         self.min_p_B1 = _column(records_B, "min_p")
         self.typical_p_B1 = _column(records_B, "typical_p")
         self._records_B = records_B
@@ -158,8 +159,7 @@ def sample(
     return np.where(np.isfinite(urn.peak_B1[:, 0]), tokens_B, NONE)
 
 
-@dataclass(frozen=True, slots=True)
-class Lot:
+class Lot(NamedTuple):
     """Weights of tokens that may be drawn: in each row in the order of their numbers."""
 
     rows: Integers | None
@@ -169,8 +169,7 @@ class Lot:
     """The tokens' numbers; None where these are the columns."""
 
 
-@dataclass(frozen=True, slots=True)
-class Urn:
+class Urn(NamedTuple):
     """What a batch is drawn from."""
 
     lots: Sequence[Lot]
@@ -217,7 +216,7 @@ def weigh(
     weights_BV = np.exp(scores_BV, out=scores_BV)
     if weights_BV.shape[1] <= SMALL:
         keep_top_k(weights_BV, rules.top_k_B1)
-        keep_top_p(weights_BV, rules.top_p_B1)
+        keep_top_p(weights_BV, rules.top_p_B1, rules.no_top_p_A)
         return Urn((_fill(weights_BV, rules),), peak_B1)
     (cut, cut_rules), (free, free_rules) = rules.split(weights_BV.shape[1])
     if not cut.size:
@@ -252,14 +251,19 @@ def _cut(weights_AV: Weights, rules: Rules, rows: Integers | None = None) -> Lot
         if rules.top_k_B1 is not None:  # where top-k left few, they are all there is
             held_A1 = np.add.reduce(weights_AK, axis=1, dtype=np.float64, keepdims=True)
             total_A1 = np.where(rules.top_k_B1 < weights_AV.shape[1], held_A1, total_A1)
-        is_short_A1 = keep_top_p(weights_AK, rules.top_p_B1, total_A1)
-        if np.any(is_short_A1):
+        wanted_A1 = rules.top_p_B1 * total_A1
+        ranked_AK, reached_AK = _reach(weights_AK)
+        is_short_A1 = reached_AK[:, -1:] < wanted_A1
+        is_short_A1[rules.no_top_p_A] = False
+        if is_short_A1.any():
             share_A1 = 0.999 * (1.0 - rules.top_p_B1) * total_A1 / weights_AV.shape[1]
             share_A1 = np.maximum(share_A1.astype(np.float32), LEAST)
-            floor_A1 = np.where(is_short_A1, share_A1, floor_A1)
-            weights_AK, tokens_AK = _gather(weights_AV, floor_A1)
+            weights_AK, tokens_AK = _gather(weights_AV, np.where(is_short_A1, share_A1, floor_A1))
             keep_top_k(weights_AK, rules.top_k_B1)
-            keep_top_p(weights_AK, rules.top_p_B1, total_A1)
+            ranked_AK, reached_AK = _reach(weights_AK)
+        # Summed up in another order, all weights may round to less than p of the total.
+        wanted_A1 = np.minimum(wanted_A1, reached_AK[:, -1:])
+        _keep_nucleus(weights_AK, ranked_AK, reached_AK, wanted_A1, rules.no_top_p_A)
     lot = _fill(weights_AK, rules, rows)
     return Lot(rows, lot.weights_AK, tokens_AK)
 
@@ -357,27 +361,32 @@ def keep_top_k(weights_AK: Weights, k_A1: Integers | None) -> None:
     weights_AK *= is_kept_AK
 
 
-def keep_top_p(
-    weights_AK: Weights, p_A1: Sums | None, total_A1: Sums | None = None
-) -> NDArray[np.bool_] | bool:
+def keep_top_p(weights_BK: Weights, p_B1: Sums | None, idle_A: Integers) -> None:
     """Keep the fewest most likely tokens whose probabilities together reach p, and their equals.
 
-    Holtzman et al. 2019 (arXiv 1904.09751). `total_A1` is what all tokens weigh together, where
-    some are not among these; tells in which rows these do not reach p.
+    Holtzman et al. 2019 (arXiv 1904.09751). It does not apply to the rows `idle_A`.
     """
-    if p_A1 is None:
-        return False
+    if p_B1 is None:
+        return
+    ranked_BK, reached_BK = _reach(weights_BK)
+    _keep_nucleus(weights_BK, ranked_BK, reached_BK, p_B1 * reached_BK[:, -1:], idle_A)
+
+
+def _reach(weights_AK: Weights) -> tuple[Weights, Sums]:
+    """The weights by falling size, and how much the first of them weigh together."""
     ranked_AK = np.sort(weights_AK, axis=1)[:, ::-1]
-    reached_AK = np.add.accumulate(ranked_AK, axis=1, dtype=np.float64)
-    held_A1 = reached_AK[:, -1:]
-    wanted_A1 = p_A1 * (held_A1 if total_A1 is None else total_A1)
-    is_active_A1 = p_A1 < 1.0
-    is_short_A1 = is_active_A1 & (held_A1 < wanted_A1)
-    last_A = (reached_AK >= np.minimum(wanted_A1, held_A1)).argmax(axis=1)
+    return ranked_AK, np.add.accumulate(ranked_AK, axis=1, dtype=np.float64)
+
+
+def _keep_nucleus(
+    weights_AK: Weights, ranked_AK: Weights, reached_AK: Sums, wanted_A1: Sums, idle_A: Integers
+) -> None:
+    """Keep the largest weights of each row until they weigh as much as is wanted."""
+    last_A = (reached_AK >= wanted_A1).argmax(axis=1)
     least_A1 = ranked_AK[np.arange(len(last_A)), last_A, None]
-    least_A1 *= is_active_A1  # nothing where this does not apply
+    if idle_A.size:
+        least_A1[idle_A] = 0.0
     weights_AK *= weights_AK >= least_A1
-    return is_short_A1
 
 
 def keep_min_p(weights_BW: Weights, p_B1: Weights | None) -> None:
