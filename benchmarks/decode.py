@@ -35,10 +35,12 @@ import charloom
 from charloom.architecture import Architecture
 from charloom.checkpoint import Checkpoint
 from charloom.decoding.alphabet import Alphabet
+from charloom.decoding.cache import StateCache
 from charloom.decoding.decoder import GraphDecoder, Kernel, choose_kernel, open_session
 from charloom.decoding.engine import Engine
 from charloom.decoding.graph import build, state_names
 from charloom.decoding.request import Handle, Prompt, Request
+from charloom.model import CACHE
 from charloom.params import Precision, SamplingParams
 from charloom.tokenizer import CharacterTokenizer
 
@@ -146,6 +148,7 @@ def make_engine(checkpoint: Checkpoint, decoder: GraphDecoder) -> Engine:
         decoder,
         Alphabet(checkpoint.tokenizer, documents=False),
         np.zeros(decoder.vocabulary_size, np.float32),
+        cache=StateCache(CACHE),
         own_thread=False,
     )
 

@@ -45,7 +45,14 @@ from charloom.decoding.graph import Arithmetic
 from charloom.decoding.request import Handle, Prompt, Request
 from charloom.decoding.sequence import FinishReason
 from charloom.errors import CheckpointError, ClosedError, OptionError, UnknownTextError
-from charloom.params import CHOICE_LIMIT, SEED_LIMIT, Precision, SamplingOptions, SamplingParams
+from charloom.params import (
+    CHOICE_LIMIT,
+    SEED_LIMIT,
+    Precision,
+    SamplingOptions,
+    SamplingParams,
+    thread_problems,
+)
 from charloom.scoring import Score, Scorer, run_ahead
 from charloom.tokenizer import Tokenizer, UnknownPolicy
 
@@ -84,13 +91,12 @@ class Generation:
 class Stream(Iterator[str]):
     """The pieces of one text as they become certain; together they are the text.
 
-    Iterating again goes on where the last iteration stopped. `close` ends the text early, and so
-    does forgetting the stream.
+    Iterating again, in any thread, goes on where the last iteration stopped. `result` takes the
+    pieces that are left. `close` ends the text early, and so does forgetting the stream.
     """
 
     def __init__(self, handle: Handle, request: Request, precision: Arithmetic) -> None:
         self._handle = handle
-        self._pieces = iter(handle)
         self._request = request
         self._precision = precision
 
@@ -98,7 +104,7 @@ class Stream(Iterator[str]):
         return self
 
     def __next__(self) -> str:
-        for piece in self._pieces:
+        while (piece := self._handle.next()) is not None:
             if piece.text:
                 return piece.text
         self._handle.result()  # raises what ended the text, if it was an error
@@ -162,8 +168,9 @@ class Model:
         threads: int | None = None,
         make_decoder: Callable[[Kernel], Decoder] | None = None,
     ) -> None:
-        if threads is not None and (type(threads) is not int or threads < 1):
-            raise OptionError([f"threads is {threads!r}; give a whole number of at least 1."])
+        problems = thread_problems(threads)
+        if problems:
+            raise OptionError(problems)
         self.checkpoint = checkpoint
         self.threads = available_threads() if threads is None else threads
         self._make_decoder = self._step_graph if make_decoder is None else make_decoder
@@ -308,6 +315,7 @@ class Model:
         if params.logit_bias is None:
             return None
         bias_V = np.zeros(self.tokenizer.vocabulary_size, np.float32)
+        named: set[int] = set()
         problems = []
         for name, bias in params.logit_bias.items():
             tokens = np.array([name]) if isinstance(name, int) else self._spell(name)
@@ -316,8 +324,11 @@ class Model:
                     f"logit_bias names {name!r}, which is not one token of this model; name a "
                     f"token by its text or by its number, 0 to {len(bias_V) - 1}."
                 )
+            elif int(tokens[0]) in named:
+                problems.append(f"logit_bias names {name!r} twice; give each token one number.")
             else:
                 bias_V[tokens[0]] = bias
+                named.add(int(tokens[0]))
         if problems:
             raise OptionError(problems)
         return bias_V

@@ -26,6 +26,9 @@ STOPS_LIMIT = 64
 STOP_LENGTH_LIMIT = 500
 """Bounds on the stop matcher's table, which holds every prefix of every stop string."""
 
+THREADS_LIMIT = 256
+"""Most processor threads of a step."""
+
 PENALTY_LIMIT = 2.0
 BIAS_LIMIT = 100.0
 """Bounds of OpenAI's API, which clients know."""
@@ -97,7 +100,6 @@ class SamplingParams:
         metadata={
             "help": "Add to the logit of a token, named by its text (or in Python by its number): "
             "-100 forbids it, 100 all but demands it.",
-            "metavar": "TEXT=BIAS",
         },
     )
     logprobs: int | None = field(
@@ -188,6 +190,11 @@ class SamplingOptions(TypedDict, total=False):
     n: int
     unknown: UnknownPolicy
     precision: Precision
+
+
+def thread_problems(threads: int | None) -> list[str]:
+    """What is wrong with a number of processor threads, if anything."""
+    return [] if threads is None else _whole("threads", threads, least=1, most=THREADS_LIMIT)
 
 
 def _whole(name: str, value: object, *, least: int, most: int | None = None) -> list[str]:

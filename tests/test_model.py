@@ -425,13 +425,6 @@ def test_the_answer_says_which_precision() -> None:
     assert named["auto"] in ("int8", "float32")
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.0, True])
-def test_threads_out_of_range_are_named(threads: Any) -> None:
-    """A model is not opened with a number of threads that cannot be."""
-    with pytest.raises(OptionError, match=r"threads is .*give a whole number of at least 1"):
-        Model(make_checkpoint(), threads=threads)
-
-
 def test_a_stream_that_is_closed_ends() -> None:
     """It gives no further piece, tells no reason, and says so when asked for the whole text."""
     stream = MODEL.stream("a", max_tokens=10**8)
@@ -474,7 +467,7 @@ def test_a_text_that_is_no_longer_waited_for_is_written_no_further(
 
         def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
             # Once, and only when the text is really waited for.
-            is_waited_for = sys._current_frames()[main_thread].f_code is Handle.__iter__.__code__
+            is_waited_for = sys._current_frames()[main_thread].f_code is Handle.next.__code__
             if self.is_patient and is_waited_for:
                 self.is_patient = False
                 signal.pthread_kill(main_thread, signal.SIGINT)
@@ -579,3 +572,26 @@ def test_stream_is_an_iterator_of_text() -> None:
     assert isinstance(stream, Stream)
     assert all(isinstance(piece, str) for piece in stream)
     assert stream.finish_reason == "length"
+
+
+@pytest.mark.parametrize("threads", [0, -1, 257, 10**15, 1.5, True])
+def test_a_number_of_threads_that_makes_no_sense_is_refused(threads: Any) -> None:
+    """Threads lie between 1 and 256; the sentence names what was given."""
+    with pytest.raises(OptionError, match=f"threads is {threads!r}; give a whole number from 1"):
+        Model(make_checkpoint(), threads=threads)
+
+
+def test_a_token_has_one_bias() -> None:
+    """A token named by its text and by its number is refused, since one of them would be lost."""
+    token = int(LETTERS.encode("e")[0])
+    with pytest.raises(OptionError, match=r"logit_bias names .* twice"):
+        MODEL.generate("a", max_tokens=1, logit_bias={"e": 1.0, token: -2.0})
+
+
+def test_threads_may_share_a_stream() -> None:
+    """Each piece goes to one of the threads that iterate over it, and all come to its end."""
+    stream = MODEL.stream("a", max_tokens=300, seed=3)
+    with ThreadPoolExecutor(3) as pool:
+        parts = list(pool.map(lambda _: list(stream), range(3)))
+    text = MODEL.generate("a", max_tokens=300, seed=3).text
+    assert sum(len("".join(part)) for part in parts) == len(text)

@@ -33,6 +33,14 @@ KINDS: dict[str, tuple[Cell, int, int, Tokenizer, str]] = {
     "lstm of characters": ("lstm", 2, 48, CharacterTokenizer(LETTERS), "none"),
     "gru of bytes, lines": ("gru", 2, 48, ByteTokenizer(), "lines"),
     "rnn of bytes": ("rnn", 1, 41, ByteTokenizer(), "none"),
+    # So many that top-k and top-p look at some of them alone.
+    "lstm of many characters": (
+        "lstm",
+        1,
+        24,
+        CharacterTokenizer(LETTERS + "".join(map(chr, range(0x4E00, 0x4E00 + 700)))),
+        "none",
+    ),
 }
 
 everywhere = pytest.mark.parametrize("precision", ["float32", "int8"])
@@ -125,7 +133,7 @@ def requests(precision: Precise, *, stop: bool = True) -> st.SearchStrategy[Aske
         SamplingParams,
         max_tokens=st.integers(0, 40),
         temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
-        top_k=some(st.integers(1, 12)),
+        top_k=some(st.integers(1, 12) | st.integers(1, 900)),
         top_p=some(SHARES),
         min_p=some(st.floats(0.0, 0.3)),
         typical_p=some(SHARES),
@@ -154,7 +162,10 @@ def make_crowd(
             "".join(rng.choice(list(LETTERS), rng.integers(0, 20))),
             max_tokens=int(rng.integers(0, 60)),
             temperature=float(rng.uniform(0, 2)),
-            top_p=None if rng.random() < 0.5 else 0.9,
+            top_k=None if rng.random() < 0.7 else int(rng.integers(1, 400)),
+            top_p=None if rng.random() < 0.5 else float(rng.choice([0.5, 0.9, 0.9999])),
+            min_p=None if rng.random() < 0.8 else 0.01,
+            typical_p=None if rng.random() < 0.7 else float(rng.uniform(0.1, 1)),
             repetition_penalty=None if rng.random() < 0.5 else 1.3,
             logit_bias=None if rng.random() < 0.5 else {"a": 2.0},
             logprobs=None if rng.random() < 0.5 else 1,

@@ -322,7 +322,7 @@ def test_all_options_out_of_range_are_told_at_once(run: Run) -> None:
     assert result.stderr.splitlines() == [
         "PROMPT and --prompt-file each give the prompt; keep one of them.",
         "--json writes a text when it is whole and --stream does not; keep one of them.",
-        "--threads is 0; give a whole number of at least 1.",
+        "--threads is 0; give a whole number from 1 to 256.",
         "temperature is -1.0; give a finite number of at least 0.",
         "top_k is 0; give a whole number of at least 1.",
         "top_p is 7.0; give a finite number above 0 and at most 1.",

@@ -287,6 +287,31 @@ some_params = st.builds(
 )
 
 
+@pytest.mark.parametrize("equals", [2, 8, 64, 128, 256])
+@pytest.mark.parametrize("vocabulary", [300, 600, 1000])
+def test_near_ties_of_typical_p_are_the_same_beside_rows_of_more_tokens(
+    equals: int, vocabulary: int
+) -> None:
+    """One token against many equal ones, equally near the mean surprise: no neighbour decides."""
+    rng = np.random.default_rng(equals)
+    tied_V = np.full(vocabulary, -60.0, np.float32)
+    tied_V[rng.permutation(vocabulary)[: equals + 1]] = -math.log(equals)
+    tied_V[rng.integers(vocabulary)] = 0.0
+    params = [SamplingParams(top_p=0.999, typical_p=0.3)] * 2
+    barrier_1V = np.zeros((1, vocabulary), np.float32)
+
+    def weights(others: int) -> bytes:
+        other_V = np.full(vocabulary, -60.0, np.float32)
+        other_V[:others] = 0.0
+        logits_BV = np.stack([tied_V, other_V][: 1 + (others > 0)])
+        with np.errstate(over="ignore", invalid="ignore"):
+            urn = weigh(logits_BV, Rules.stack(params[: len(logits_BV)]), barrier_BV=barrier_1V)
+        return urn.weights(np.zeros(1, np.int64), vocabulary).tobytes()
+
+    alone = weights(0)
+    assert {weights(others) for others in range(1, vocabulary, 7)} == {alone}
+
+
 class Crowd:
     """Rows of logits with all that belongs to them; some are damaged, some may draw nothing."""
 

@@ -198,7 +198,7 @@ def test_all_options_out_of_range_are_told_at_once(run: Run) -> None:
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
         "--top is -1; give a whole number of at least 0.",
-        "--threads is 0; give a whole number of at least 1.",
+        "--threads is 0; give a whole number from 1 to 256.",
     ]
 
 

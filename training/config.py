@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from charloom.architecture import CELLS, Cell
 from charloom.cli.options import flag
 from charloom.errors import OptionError
+from charloom.params import THREADS_LIMIT
 
 Precision = Literal["auto", "float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -137,7 +138,7 @@ class TrainingOptions:
     )
     threads: int | None = field(
         default=None,
-        metadata=option("Processor threads [default: one per core].", least=1, most=256),
+        metadata=option("Processor threads [default: one per core].", least=1, most=THREADS_LIMIT),
     )
 
     def __post_init__(self) -> None:

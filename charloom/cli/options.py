@@ -62,18 +62,22 @@ def _click_type(annotation: Any) -> dict[str, Any]:
     if get_origin(annotation) is tuple:
         return {"type": get_args(annotation)[0], "multiple": True, "metavar": "TEXT"}
     if get_origin(annotation) is Mapping:
-        return {"multiple": True, "metavar": "TEXT=NUMBER", "callback": _read_pairs}
+        return {"multiple": True, "metavar": "TEXT=BIAS", "callback": _read_pairs}
     return {"type": annotation}
 
 
 def _read_pairs(
     _ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]
 ) -> Mapping[str, float] | None:
-    """The mapping that `TEXT=NUMBER`, given several times, stands for; None when never given."""
-    read = {}
+    """The mapping that `TEXT=BIAS`, given several times, stands for; None when never given."""
+    read: dict[str, float] = {}
     for pair in pairs:
         # From the right, so that the text may hold an equals sign.
         text, equals, number = pair.rpartition("=")
+        if text in read:
+            raise OptionError(
+                [f"{parameter.opts[0]} names {text!r} twice; give each token one number."]
+            )
         try:
             read[text] = float(number)
         except ValueError:

@@ -21,7 +21,7 @@ from charloom.cli.judgements import judgements
 from charloom.cli.options import options_of
 from charloom.errors import CharloomError, OptionError, UnknownTextError
 from charloom.model import Generation, Model, draw_seed, load
-from charloom.params import SamplingParams
+from charloom.params import SamplingParams, thread_problems
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,8 +86,7 @@ def sample(
         )
     if options["logprobs"] is not None and not as_json:
         problems.append("--logprobs has no place in plain text; add --json.")
-    if threads is not None and threads < 1:
-        problems.append(f"--threads is {threads}; give a whole number of at least 1.")
+    problems += [f"--{problem}" for problem in thread_problems(threads)]
     try:
         params = SamplingParams(**options)
     except OptionError as error:

@@ -19,6 +19,7 @@ from charloom.cli.context import Context
 from charloom.cli.judgements import finite
 from charloom.errors import CharloomError, OptionError, UnknownTextError
 from charloom.model import load
+from charloom.params import thread_problems
 from charloom.scoring import Score
 from charloom.tokenizer import UNKNOWN_POLICIES, Tokenizer
 
@@ -69,13 +70,12 @@ def score(
     A model of documents reads each line by itself and is asked for its end; any other reads all
     lines as one text, and has no score for its first character.
     """
-    problems = []
+    problems: list[str] = []
     if top < 0:
         problems.append(f"--top is {top}; give a whole number of at least 0.")
     elif top and not as_json:
         problems.append("--top has no place in plain text; add --json.")
-    if threads is not None and threads < 1:
-        problems.append(f"--threads is {threads}; give a whole number of at least 1.")
+    problems += [f"--{problem}" for problem in thread_problems(threads)]
     if problems:
         raise OptionError(problems)
     loaded = load(find_model(model, models=context.models), threads=threads)

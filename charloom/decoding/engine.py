@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,9 +132,7 @@ class Engine:
                     f"{self._waiting} requests are waiting, which is all that may; try again later."
                 )
             if self._own_thread and self._thread is None:
-                if not _alive:
-                    atexit.register(_close_all)
-                _alive.add(self)
+                _watch(self)
                 thread = threading.Thread(target=self._run, name="charloom", daemon=True)
                 thread.start()
                 self._thread = thread
@@ -369,7 +368,18 @@ class Engine:
             self._end(task, "failed", error)
 
 
+def _watch(engine: Engine) -> None:
+    """Let the engine's thread not run into the end of the interpreter."""
+    _close_at_exit()
+    _alive.add(engine)
+
+
+@cache
+def _close_at_exit() -> None:
+    """Ask once, and not on import, to be called at the interpreter's end."""
+    atexit.register(_close_all)
+
+
 def _close_all() -> None:
-    """Let no thread run into the end of the interpreter."""
     for engine in list(_alive):
         engine.close()

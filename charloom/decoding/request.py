@@ -123,12 +123,17 @@ class Handle:
                 break
         return events
 
-    def __iter__(self) -> Iterator[Piece]:
-        """The pieces, waiting for each, until the outcome; iterating again goes on."""
-        while self.outcome is None:
+    def next(self) -> Piece | None:
+        """The next piece, waiting for it; None after the outcome."""
+        if self.outcome is None:
             event = self._note(self._events.get())
             if isinstance(event, Piece):
-                yield event
+                return event
+        return None
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces, waiting for each, until the outcome; iterating again goes on."""
+        return iter(self.next, None)
 
     def result(self) -> Outcome:
         """Wait for the outcome; raises its error where the request failed."""

@@ -248,11 +248,11 @@ def _cut(weights_AV: Weights, rules: Rules, rows: Integers | None = None) -> Lot
     keep_top_k(weights_AK, rules.top_k_B1)
     if rules.top_p_B1 is not None:
         total_A1 = np.add.reduce(weights_AV, axis=1, dtype=np.float64, keepdims=True)
-        if rules.top_k_B1 is not None:  # where top-k left few, they are all there is
-            held_A1 = np.add.reduce(weights_AK, axis=1, dtype=np.float64, keepdims=True)
-            total_A1 = np.where(rules.top_k_B1 < weights_AV.shape[1], held_A1, total_A1)
-        wanted_A1 = rules.top_p_B1 * total_A1
         ranked_AK, reached_AK = _reach(weights_AK)
+        if rules.top_k_B1 is not None:  # where top-k left few, they are all there is
+            has_k_A1 = rules.top_k_B1 < weights_AV.shape[1]
+            total_A1 = np.where(has_k_A1, reached_AK[:, -1:], total_A1)
+        wanted_A1 = rules.top_p_B1 * total_A1
         is_short_A1 = reached_AK[:, -1:] < wanted_A1
         is_short_A1[rules.no_top_p_A] = False
         if is_short_A1.any():
@@ -410,12 +410,10 @@ def keep_typical_p(weights_BW: Weights, p_B1: Sums | None) -> None:
     if not rows.size:
         return
     shares_AW = weights_BW[rows].astype(np.float64)
-    shares_AW /= shares_AW.sum(axis=1, keepdims=True)
+    shares_AW /= _total(shares_AW)
     with np.errstate(divide="ignore", invalid="ignore"):  # a share of 0 is infinitely surprising
         surprise_AW = -np.log(shares_AW)
-        entropy_A1 = np.where(shares_AW > 0, shares_AW * surprise_AW, 0.0).sum(
-            axis=1, keepdims=True
-        )
+        entropy_A1 = _total(np.where(shares_AW > 0, shares_AW * surprise_AW, 0.0))
     order_AW = np.abs(surprise_AW - entropy_A1).argsort(axis=1, kind="stable")
     reached_AW = np.take_along_axis(shares_AW, order_AW, axis=1).cumsum(axis=1)
     is_kept_AW = np.ones(shares_AW.shape, np.bool_)
@@ -423,6 +421,11 @@ def keep_typical_p(weights_BW: Weights, p_B1: Sums | None) -> None:
     kept_AW = np.zeros_like(is_kept_AW)
     np.put_along_axis(kept_AW, order_AW, is_kept_AW, axis=1)
     weights_BW[rows] *= kept_AW
+
+
+def _total(values_AK: Sums) -> Sums:
+    """The sum of each row, (A, 1), added up one by one: zeros that fill a row up change no bit."""
+    return np.add.accumulate(values_AK, axis=1)[:, -1:]
 
 
 def draw(urn: Urn, uniform_B: Sums) -> Integers:
