@@ -57,6 +57,7 @@ check: .venv/installed ## format, lint, strict types, import contract, fast test
 bench: .venv/installed ## run the benchmarks; each prints its table with the machine it ran on
 	$(BIN)/python benchmarks/corpus.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/decode.py
 
 serve: ## serve the models over HTTP (with a later version)
 	@echo 'The REST service comes with a later version; this one trains and samples (make demo).' >&2
