@@ -184,7 +184,7 @@ def expected_tokens(numbers: NDArray[np.float64]) -> list[int]:
     barrier_1V = Alphabet(LETTERS, documents=False).barrier_SV[:1]
     flat_BV = np.zeros((len(numbers), LETTERS.vocabulary_size), np.float32)
     rules = Rules.stack([SamplingParams()] * len(numbers))
-    return draw(weigh(flat_BV, rules, barrier_BV=barrier_1V)[0], numbers).tolist()
+    return draw(weigh(flat_BV, rules, barrier_BV=barrier_1V), numbers).tolist()
 
 
 @pytest.mark.parametrize("length", [1, 2, DRAWS_AHEAD - 1, DRAWS_AHEAD + 3])
