@@ -1,7 +1,4 @@
 import itertools
-import signal
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -456,25 +453,18 @@ def test_a_stream_that_is_forgotten_is_written_no_further() -> None:
     ids=["generate", "choices"],
 )
 def test_a_text_that_is_no_longer_waited_for_is_written_no_further(
-    write: Callable[[Model], Any],
+    write: Callable[[Model], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After Ctrl-C the rows are free, even while the traceback is kept, as a notebook does."""
-    main_thread = threading.main_thread().ident
-    assert main_thread is not None
-
-    class InterruptingDecoder(ScriptedDecoder):
-        is_patient = True
-
-        def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
-            # Once, and only when the text is really waited for.
-            is_waited_for = sys._current_frames()[main_thread].f_code is Handle.next.__code__
-            if self.is_patient and is_waited_for:
-                self.is_patient = False
-                signal.pthread_kill(main_thread, signal.SIGINT)
-            return super().step(tokens_B)
-
-    decoder = InterruptingDecoder(LETTERS.vocabulary_size, LETTERS.encode("a").tolist(), capacity=1)
+    decoder = ScriptedDecoder(LETTERS.vocabulary_size, LETTERS.encode("a").tolist(), capacity=1)
     model = Model(make_checkpoint(), make_decoder=lambda _: decoder)
+    wait = Handle.next
+
+    def interrupted(_: Handle) -> None:
+        monkeypatch.setattr(Handle, "next", wait)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Handle, "next", interrupted)
     with pytest.raises(KeyboardInterrupt) as kept:
         write(model)
     assert model.generate("h", max_tokens=3).text == "aaa"
