@@ -18,7 +18,7 @@ the first token is drawn by how often each occurs in the training text.
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -51,10 +51,11 @@ from charloom.params import (
     Precision,
     SamplingOptions,
     SamplingParams,
+    UnknownPolicy,
     thread_problems,
 )
 from charloom.scoring import Score, Scorer, run_ahead
-from charloom.tokenizer import Tokenizer, UnknownPolicy
+from charloom.tokenizer import Tokenizer
 
 CAPACITY = 256
 """Texts written at the same time; a step of more rows costs less per row, up to about here."""
@@ -158,7 +159,13 @@ class Model:
     """A checkpoint and the engines that write with it, one for each precision asked for.
 
     Threads may share it; their requests then share batches. `threads` is how many processor threads
-    a step uses, by default as many as the process may run on.
+    a step uses, by default as many as the process may run on; where they are `spinning` they wait
+    busily for the next step, which is quicker and costs the processor. An engine writes up to
+    `capacity` texts at the same time while up to `waiting` wait, and all of them keep up to `cache`
+    bytes of hidden states.
+
+    Without `own_thread` nothing moves by itself: requests go to `engine`, which its owner steps,
+    and the methods here that wait for a text would wait for ever.
     """
 
     def __init__(
@@ -166,6 +173,11 @@ class Model:
         checkpoint: Checkpoint,
         *,
         threads: int | None = None,
+        own_thread: bool = True,
+        spinning: bool = True,
+        capacity: int = CAPACITY,
+        waiting: int = WAITING,
+        cache: int = CACHE,
         make_decoder: Callable[[Kernel], Decoder] | None = None,
     ) -> None:
         problems = thread_problems(threads)
@@ -173,10 +185,15 @@ class Model:
             raise OptionError(problems)
         self.checkpoint = checkpoint
         self.threads = available_threads() if threads is None else threads
-        self._make_decoder = self._step_graph if make_decoder is None else make_decoder
+        self.cache = StateCache(cache)
+        self._own_thread = own_thread
+        self._spinning = spinning
+        self._capacity = capacity
+        self._waiting = waiting
+        self._make_decoder = make_decoder
         self._alphabet = Alphabet(checkpoint.tokenizer, documents=checkpoint.documents != "none")
-        self._cache = StateCache(CACHE)
-        self._engines: dict[Kernel, Engine] = {}
+        # Replaced and never changed, so that readers need no lock.
+        self._engines: Mapping[Kernel, Engine] = {}
         self._opening = threading.Lock()
 
     @property
@@ -188,6 +205,41 @@ class Model:
     def fingerprint(self) -> str:
         """Identifies weights and tokenizer."""
         return self.checkpoint.fingerprint
+
+    @property
+    def documents(self) -> bool:
+        """Whether it was trained on documents, begins with one and can end it."""
+        return self._alphabet.documents
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that have been opened so far."""
+        return tuple(self._engines.values())
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """What these multiply with."""
+        return tuple(self._engines)
+
+    def arithmetic(self, precision: Precision) -> Arithmetic:
+        """The arithmetic that a precision comes to on this processor."""
+        return arithmetic_of(choose_kernel(precision))
+
+    def is_open(self, precision: Precision) -> bool:
+        """Whether the engine of a precision is there, so that `engine` gives it at once."""
+        return choose_kernel(precision) in self._engines
+
+    def engine(self, precision: Precision) -> Engine:
+        """The engine of a precision, opened when first asked for, which takes a while.
+
+        Raises `CheckpointError` for weights that are not finite.
+        """
+        kernel = choose_kernel(precision)
+        if kernel not in self._engines:
+            with self._opening:
+                if kernel not in self._engines:
+                    self._engines = {**self._engines, kernel: self._open_engine(kernel)}
+        return self._engines[kernel]
 
     def generate(
         self,
@@ -229,7 +281,7 @@ class Model:
         """
         params = _merge(params, options)
         open_choice = self._prepare(prompt, params, is_streamed=False)
-        ahead = 2 * self._engine(params.precision).capacity
+        ahead = 2 * self.engine(params.precision).capacity
         return run_ahead(
             lambda choice: partial(_finish, open_choice(choice)), range(params.n), ahead=ahead
         )
@@ -262,11 +314,37 @@ class Model:
             raise OptionError([f"top is {top!r}; give a whole number of at least 0."])
         params = SamplingParams(max_tokens=0, logprobs=top, unknown=unknown, precision=precision)
         return Scorer(
-            self._engine(precision),
+            self.engine(precision),
             self.tokenizer,
             params,
-            documents=self._alphabet.documents,
+            documents=self.documents,
         )
+
+    def bias(self, params: SamplingParams) -> NDArray[np.float32] | None:
+        """`params.logit_bias` as a number for every token, (V,); None where there is none.
+
+        Raises `OptionError` for what is not one token.
+        """
+        if params.logit_bias is None:
+            return None
+        bias_V = np.zeros(self.tokenizer.vocabulary_size, np.float32)
+        named: set[int] = set()
+        problems = []
+        for name, bias in params.logit_bias.items():
+            tokens = np.array([name]) if isinstance(name, int) else self._spell(name)
+            if len(tokens) != 1 or not 0 <= tokens[0] < len(bias_V):
+                problems.append(
+                    f"logit_bias names {name!r}, which is not one token of this model; name a "
+                    f"token by its text or by its number, 0 to {len(bias_V) - 1}."
+                )
+            elif int(tokens[0]) in named:
+                problems.append(f"logit_bias names {name!r} twice; give each token one number.")
+            else:
+                bias_V[tokens[0]] = bias
+                named.add(int(tokens[0]))
+        if problems:
+            raise OptionError(problems)
+        return bias_V
 
     def _open(
         self, prompt: str, params: SamplingParams, choice: int, *, is_streamed: bool
@@ -292,10 +370,10 @@ class Model:
         if not isinstance(prompt, str):
             raise OptionError([f"prompt is {prompt!r}; give a text."])
         tokens = Prompt(self.tokenizer.encode(prompt, unknown=params.unknown))
-        bias_V = self._bias(params)
+        bias_V = self.bias(params)
         seed = draw_seed() if params.seed is None else params.seed
-        engine = self._engine(params.precision)
-        arithmetic = arithmetic_of(choose_kernel(params.precision))
+        engine = self.engine(params.precision)
+        arithmetic = self.arithmetic(params.precision)
 
         def submit(choice: int) -> Stream:
             request = Request(
@@ -310,29 +388,6 @@ class Model:
 
         return submit
 
-    def _bias(self, params: SamplingParams) -> NDArray[np.float32] | None:
-        """The bias of every token, (V,); raises `OptionError` for what is not one token."""
-        if params.logit_bias is None:
-            return None
-        bias_V = np.zeros(self.tokenizer.vocabulary_size, np.float32)
-        named: set[int] = set()
-        problems = []
-        for name, bias in params.logit_bias.items():
-            tokens = np.array([name]) if isinstance(name, int) else self._spell(name)
-            if len(tokens) != 1 or not 0 <= tokens[0] < len(bias_V):
-                problems.append(
-                    f"logit_bias names {name!r}, which is not one token of this model; name a "
-                    f"token by its text or by its number, 0 to {len(bias_V) - 1}."
-                )
-            elif int(tokens[0]) in named:
-                problems.append(f"logit_bias names {name!r} twice; give each token one number.")
-            else:
-                bias_V[tokens[0]] = bias
-                named.add(int(tokens[0]))
-        if problems:
-            raise OptionError(problems)
-        return bias_V
-
     def _spell(self, name: str) -> NDArray[np.int32]:
         """The tokens of a text, none where it has unknown characters."""
         try:
@@ -340,21 +395,18 @@ class Model:
         except UnknownTextError:
             return np.empty(0, np.int32)
 
-    def _engine(self, precision: Precision) -> Engine:
-        """The engine of a precision, opened when first asked for."""
-        kernel = choose_kernel(precision)
-        with self._opening:
-            engine = self._engines.get(kernel)
-            if engine is None:
-                engine = self._engines[kernel] = Engine(
-                    self._make_decoder(kernel),
-                    self._alphabet,
-                    opening_logits(self.checkpoint.token_counts),
-                    name=f"{self.fingerprint} {kernel} ".encode(),
-                    waiting=WAITING,
-                    cache=self._cache,
-                )
-        return engine
+    def _open_engine(self, kernel: Kernel) -> Engine:
+        # Not bound to the model beforehand: a model that is let go is to be gone at once.
+        make_decoder = self._step_graph if self._make_decoder is None else self._make_decoder
+        return Engine(
+            make_decoder(kernel),
+            self._alphabet,
+            opening_logits(self.checkpoint.token_counts),
+            name=f"{self.fingerprint} {kernel} ".encode(),
+            waiting=self._waiting,
+            cache=self.cache,
+            own_thread=self._own_thread,
+        )
 
     def _step_graph(self, kernel: Kernel) -> Decoder:
         for name, tensor in self.checkpoint.tensors.items():
@@ -363,7 +415,13 @@ class Model:
                     f"The tensor {name} of {self.checkpoint.path} holds values that are not "
                     "finite: its weights are damaged; restore the model, or train it again."
                 )
-        return GraphDecoder(self.checkpoint, kernel, capacity=CAPACITY, threads=self.threads)
+        return GraphDecoder(
+            self.checkpoint,
+            kernel,
+            capacity=self._capacity,
+            threads=self.threads,
+            spinning=self._spinning,
+        )
 
 
 def load(path: str | PathLike[str], *, threads: int | None = None) -> Model:

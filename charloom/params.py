@@ -4,6 +4,9 @@ The command line makes its options from these fields, Python takes them as keywo
 will take them from requests, so each is named, explained, limited and given its default once. "Not
 given" is None, never a number with a second meaning: temperature 0, max_tokens 0 and seed 0 are
 what they say.
+
+Nothing but the standard library is imported here, so that a process that only passes requests on
+knows their options without loading NumPy.
 """
 
 import sys
@@ -12,9 +15,13 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict, get_args
 
 from charloom.errors import OptionError
-from charloom.tokenizer import UNKNOWN_POLICIES, UnknownPolicy
 
 Precision = Literal["auto", "int8", "float32"]
+
+UnknownPolicy = Literal["error", "replace", "skip"]
+"""What becomes of a character that a model has no token for."""
+
+UNKNOWN_POLICIES: tuple[UnknownPolicy, ...] = get_args(UnknownPolicy)
 
 SEED_LIMIT = 2**53
 """Seeds lie below it, so that a JSON number carries every one of them exactly."""
@@ -43,6 +50,13 @@ class SamplingParams:
         metadata={
             "help": "Draw at most this many tokens (characters, bytes or pieces, as the model was "
             "trained on)."
+        },
+    )
+    min_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "Draw at least this many: before them a document does not end and no stop "
+            "string ends the text."
         },
     )
     temperature: float = field(
@@ -123,6 +137,17 @@ class SamplingParams:
             "searched."
         },
     )
+    include_stop_str_in_output: bool = field(
+        default=False,
+        metadata={"help": "End the text with the stop string that was met, not before it."},
+    )
+    ignore_eos: bool = field(
+        default=False,
+        metadata={
+            "help": "Never draw the end of a document, so that max_tokens or a stop string ends "
+            "the text."
+        },
+    )
     n: int = field(default=1, metadata={"help": "Write this many texts for the prompt."})
     unknown: UnknownPolicy = field(
         default="error",
@@ -138,10 +163,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         problems = [
-            *_whole("max_tokens", self.max_tokens, least=0),
+            *_lengths(self.min_tokens, self.max_tokens),
             *_number("temperature", self.temperature, least=0.0),
             *_whole("n", self.n, least=1, most=CHOICE_LIMIT),
             *_stops(self.stop),
+            *_switch("include_stop_str_in_output", self.include_stop_str_in_output),
+            *_switch("ignore_eos", self.ignore_eos),
             *_choice("unknown", self.unknown, UNKNOWN_POLICIES),
             *_choice("precision", self.precision, get_args(Precision)),
         ]
@@ -175,6 +202,7 @@ class SamplingOptions(TypedDict, total=False):
     """The fields of `SamplingParams` as keywords of a call (a test holds the two together)."""
 
     max_tokens: int
+    min_tokens: int
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -187,6 +215,8 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int | None
     seed: int | None
     stop: tuple[str, ...]
+    include_stop_str_in_output: bool
+    ignore_eos: bool
     n: int
     unknown: UnknownPolicy
     precision: Precision
@@ -195,6 +225,14 @@ class SamplingOptions(TypedDict, total=False):
 def thread_problems(threads: int | None) -> list[str]:
     """What is wrong with a number of processor threads, if anything."""
     return [] if threads is None else _whole("threads", threads, least=1, most=THREADS_LIMIT)
+
+
+def _lengths(least: object, most: object) -> list[str]:
+    """What is wrong with the least and the greatest length of a text."""
+    problems = [*_whole("max_tokens", most, least=0), *_whole("min_tokens", least, least=0)]
+    if not problems and isinstance(least, int) and isinstance(most, int) and least > most:
+        problems.append(f"min_tokens is {least}, and max_tokens {most}; give at most that many.")
+    return problems
 
 
 def _whole(name: str, value: object, *, least: int, most: int | None = None) -> list[str]:
@@ -232,6 +270,10 @@ def _number(
         if limit is not None
     ]
     return [f"{name} is {value!r}; give a finite number {' and '.join(limits)}."]
+
+
+def _switch(name: str, value: object) -> list[str]:
+    return [] if isinstance(value, bool) else [f"{name} is {value!r}; give True or False."]
 
 
 def _stops(value: object) -> list[str]:

@@ -4,6 +4,9 @@ Scoring is the engine's loop with the logits kept: the text is read like a promp
 judged by the logits it follows from. Texts are scored `apart`, each from the start of a document,
 or `together`, as one text with the hidden state carried on.
 
+`Scorer.apart` and `Scorer.together` wait for the engine. Who steps it by hand calls `encode`,
+`submit` and, once the handle has its outcome, `assemble`; none of them waits.
+
 A model of documents is asked for the end of each document too. In one of plain text the first token
 has no score, since nothing stands before it. A character outside the vocabulary costs what the
 unknown token costs plus the choice among all the code points it may stand for.
@@ -112,13 +115,61 @@ class Scorer:
         """Each text by itself, in their order; many are read at a time."""
 
         def start(text: str) -> Callable[[], Score]:
-            tokens = self._encode(text)
-            if self._documents:
-                tokens = np.append(tokens, np.int32(self._tokenizer.end))
-            handle = self._submit(Prompt(tokens), None)
-            return lambda: self._score(text, tokens, handle.result().prompt_scores)
+            tokens_N = self.encode(text)
+            handle = self.submit(tokens_N)
+            return lambda: self.assemble(text, tokens_N, handle.result().prompt_scores)
 
         return run_ahead(start, texts, ahead=2 * self._engine.capacity)
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """The tokens of a text that stands by itself, (N,), with its end in a model of documents.
+
+        Raises `OptionError` for what is no text and `UnknownTextError` as `unknown` says.
+        """
+        tokens_N = self._encode(text)
+        return np.append(tokens_N, np.int32(self._tokenizer.end)) if self._documents else tokens_N
+
+    def submit(
+        self, tokens_N: NDArray[np.int32], *, owner: str = "", deadline: float | None = None
+    ) -> Handle:
+        """Let the engine judge what `encode` gave; raises as `Engine.submit` does."""
+        return self._submit(Prompt(tokens_N), None, owner=owner, deadline=deadline)
+
+    def assemble(
+        self, text: str, tokens_N: NDArray[np.int32], assessment: Assessment | None
+    ) -> Score:
+        """Put a text, its tokens and what was found of the last of them together.
+
+        The text must have been read to its end: what a deadline or a cancelling leaves is an
+        assessment of its first tokens.
+        """
+        top = min(self._params.logprobs or 0, self._tokenizer.vocabulary_size)
+        missing = len(tokens_N) - (0 if assessment is None else len(assessment))
+
+        def column(name: str, gap: float, kind: type, width: int | None = None) -> NDArray[Any]:
+            shape = (missing,) if width is None else (missing, width)
+            blank: NDArray[Any] = np.full(shape, gap, kind)
+            return (
+                blank if assessment is None else np.concatenate([blank, getattr(assessment, name)])
+            )
+
+        logprobs_N = column("logprobs_N", math.nan, np.float64)
+        is_unknown_N = tokens_N == (
+            -1 if self._tokenizer.unknown is None else self._tokenizer.unknown
+        )
+        if is_unknown_N.any():
+            logprobs_N[is_unknown_N] -= math.log(self._tokenizer.strangers)
+        return Score(
+            text=text,
+            pieces=self._pieces(text, tokens_N),
+            tokens_N=tokens_N.astype(np.int64),
+            logprobs_N=logprobs_N,
+            ranks_N=column("ranks_N", 0, np.int64),
+            entropies_N=column("entropies_N", math.nan, np.float64),
+            top_NT=column("top_NT", -1, np.int64, top),
+            top_logprobs_NT=column("top_logprobs_NT", math.nan, np.float64, top),
+            unknown=int(is_unknown_N.sum()),
+        )
 
     def together(self, texts: Iterable[str]) -> Iterator[Score]:
         """The texts as one text, in their order; a model of documents is not asked for its end."""
@@ -137,7 +188,7 @@ class Scorer:
             missing = sum(map(len, encoded)) - scored
             for (text, tokens), (start, end) in zip(group, pairwise(ends), strict=True):
                 part = slice(max(start - missing, 0), max(end - missing, 0))
-                yield self._score(text, tokens, None if assessment is None else assessment[part])
+                yield self.assemble(text, tokens, None if assessment is None else assessment[part])
 
     def pieces(
         self,
@@ -181,7 +232,15 @@ class Scorer:
             raise OptionError([f"text is {text!r}; give a text."])
         return self._tokenizer.encode(text, unknown=self._params.unknown)
 
-    def _submit(self, prompt: Prompt, state: State | None, *, is_beginning: bool = True) -> Handle:
+    def _submit(
+        self,
+        prompt: Prompt,
+        state: State | None,
+        *,
+        is_beginning: bool = True,
+        owner: str = "",
+        deadline: float | None = None,
+    ) -> Handle:
         return self._engine.submit(
             Request(
                 prompt=prompt,
@@ -190,37 +249,9 @@ class Scorer:
                 is_scored=True,
                 state=state,
                 is_beginning=is_beginning,
+                owner=owner,
+                deadline=deadline,
             )
-        )
-
-    def _score(self, text: str, tokens: NDArray[np.int32], assessment: Assessment | None) -> Score:
-        """Put a text and what was found of its last tokens together."""
-        top = min(self._params.logprobs or 0, self._tokenizer.vocabulary_size)
-        missing = len(tokens) - (0 if assessment is None else len(assessment))
-
-        def column(name: str, gap: float, kind: type, width: int | None = None) -> NDArray[Any]:
-            shape = (missing,) if width is None else (missing, width)
-            blank: NDArray[Any] = np.full(shape, gap, kind)
-            return (
-                blank if assessment is None else np.concatenate([blank, getattr(assessment, name)])
-            )
-
-        logprobs_N = column("logprobs_N", math.nan, np.float64)
-        is_unknown_N = tokens == (
-            -1 if self._tokenizer.unknown is None else self._tokenizer.unknown
-        )
-        if is_unknown_N.any():
-            logprobs_N[is_unknown_N] -= math.log(self._tokenizer.strangers)
-        return Score(
-            text=text,
-            pieces=self._pieces(text, tokens),
-            tokens_N=tokens.astype(np.int64),
-            logprobs_N=logprobs_N,
-            ranks_N=column("ranks_N", 0, np.int64),
-            entropies_N=column("entropies_N", math.nan, np.float64),
-            top_NT=column("top_NT", -1, np.int64, top),
-            top_logprobs_NT=column("top_logprobs_NT", math.nan, np.float64, top),
-            unknown=int(is_unknown_N.sum()),
         )
 
     def _pieces(self, text: str, tokens: NDArray[np.int32]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from charloom.tokenizer import ByteTokenizer, CharacterTokenizer
 
 LETTERS = Alphabet(CharacterTokenizer("abcdefgh "), documents=True)
 BYTES = Alphabet(ByteTokenizer(), documents=False)
+BYTE_DOCUMENTS = Alphabet(ByteTokenizer(), documents=True)
 BROKEN = 2
 """A token that a broken network answers with logits that are no numbers; it never draws it."""
 
@@ -196,11 +197,14 @@ def write_alone(alphabet: Alphabet, order: Order, steps: int) -> list[int]:
         logits = network.step(np.array(history[place : place + 1], np.int32))
         if place >= len(order.script) - 1:
             text = history[order.lead :]
+            barrier_1V = alphabet.barrier_SV[[alphabet.walk(history)]]
+            if order.params.ignore_eos or place + 1 - len(order.script) < order.params.min_tokens:
+                barrier_1V[0, alphabet.tokenizer.end] = -np.inf
             bias_V = order.bias_V(size)
             token = sample(
                 logits,
                 Rules.stack([order.params]),
-                barrier_BV=alphabet.barrier_SV[[alphabet.walk(history)]],
+                barrier_BV=barrier_1V,
                 uniform_B=uniforms(order.seed, order.choice, np.array([len(text)])),
                 bias_BV=None if bias_V is None else bias_V[None],
                 counts_BV=np.bincount(text, minlength=size).astype(np.int32)[None],
@@ -215,6 +219,8 @@ PARAMS = [
     SamplingParams(temperature=0.7, top_k=4, top_p=0.9),
     SamplingParams(repetition_penalty=1.5, frequency_penalty=0.4),
     SamplingParams(presence_penalty=-1.0, min_p=0.05, typical_p=0.9),
+    SamplingParams(min_tokens=11),
+    SamplingParams(ignore_eos=True, temperature=0.8),
 ]
 
 
@@ -237,7 +243,7 @@ def orders(draw: DrawFn, alphabet: Alphabet) -> Order:
 
 
 @settings(max_examples=40)
-@given(st.data(), st.sampled_from([LETTERS, BYTES]))
+@given(st.data(), st.sampled_from([LETTERS, BYTES, BYTE_DOCUMENTS]))
 def test_a_row_does_the_same_alone_and_in_a_crowd(data: st.DataObject, alphabet: Alphabet) -> None:
     """Whoever joins and leaves, a row's tokens, states, logits and weights are the same bits."""
     size = alphabet.tokenizer.vocabulary_size
@@ -268,6 +274,26 @@ def test_a_row_is_the_plain_loop(params: SamplingParams) -> None:
     steps = DRAWS_AHEAD + 40
     expected = write_alone(LETTERS, order, steps)
     assert live_alone(LETTERS, order, steps, block=32).tokens == expected
+
+
+@pytest.mark.parametrize("alphabet", [LETTERS, BYTE_DOCUMENTS])
+@pytest.mark.parametrize("block", [1, 7, 32])
+def test_the_end_of_a_document_waits_for_its_row(alphabet: Alphabet, block: int) -> None:
+    """A row that is eager to end does so at its least length, among others with other ones."""
+    size, end = alphabet.tokenizer.vocabulary_size, alphabet.tokenizer.end
+    crowd = Crowd(new_batch(alphabet), size)
+    for least in (0, 3, 20):
+        crowd.join(
+            Order((end, 97, 98), bias=end, params=SamplingParams(min_tokens=least, temperature=0.0))
+        )
+    crowd.join(Order((end,), bias=end, params=SamplingParams(ignore_eos=True)))
+    for _ in range(0, 64, block):
+        crowd.advance(block)
+    ends = [life.tokens[life.read :] for life in crowd.lives.values()]
+    assert end not in ends[3]
+    for least, tokens in zip((0, 3, 20), ends[:3], strict=True):
+        assert end not in tokens[:least]
+        assert end in tokens
 
 
 def test_a_late_row_draws_its_own_numbers() -> None:

@@ -224,10 +224,13 @@ def alone(request: Request, alphabet: Alphabet = PLAIN) -> Outcome:
             prompt_scores.append(assess(logits_1V, following, top=params.logprobs or 0))
     while sequence.finish_reason is None:
         text_so_far = history[len(lead) :]
+        barrier_1V = alphabet.barrier_SV[:1].copy()
+        if params.ignore_eos or len(sequence.tokens) < params.min_tokens:
+            barrier_1V[0, LETTERS.end] = -np.inf
         urn = weigh(
             logits_1V,
             Rules.stack([params]),
-            barrier_BV=alphabet.barrier_SV[:1],
+            barrier_BV=barrier_1V,
             bias_BV=None if request.bias_V is None else request.bias_V[None],
             counts_BV=np.bincount(text_so_far, minlength=SIZE).astype(np.int32)[None],
         )
@@ -387,10 +390,14 @@ def test_a_deadline_that_has_passed_is_no_work() -> None:
 @st.composite
 def requests(draw_any: DrawFn, prompts: list[Prompt]) -> Request:
     """Any kind of request for one of these prompts."""
+    most = draw_any(st.integers(0, 70))
     return Request(
         prompt=draw_any(st.sampled_from(prompts)),
         params=SamplingParams(
-            max_tokens=draw_any(st.integers(0, 70)),
+            max_tokens=most,
+            min_tokens=draw_any(st.just(0) | st.integers(0, most)),
+            ignore_eos=draw_any(st.booleans()),
+            include_stop_str_in_output=draw_any(st.booleans()),
             temperature=draw_any(st.sampled_from([0.0, 0.8])),
             top_p=draw_any(st.sampled_from([None, 0.9])),
             repetition_penalty=draw_any(st.sampled_from([None, 1.3])),

@@ -50,6 +50,13 @@ def test_importing_charloom_imports_next_to_nothing() -> None:
     assert loaded <= {"charloom", *sys.stdlib_module_names}
 
 
+def test_the_options_of_sampling_need_the_standard_library_alone() -> None:
+    """A process that only passes requests on knows their options without loading NumPy."""
+    before = modules_after("")
+    loaded = modules_after("import charloom.params") - before
+    assert loaded <= {"charloom", *sys.stdlib_module_names}
+
+
 def test_the_public_names_load_neither_torch_nor_flask() -> None:
     """Loading a model needs no package of an extra."""
     loaded = modules_after("from charloom import *")
@@ -114,7 +121,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 def test_every_command_loads_and_is_described_as_it_describes_itself() -> None:
     """What `charloom --help` says of a command, without loading it, is its own first sentence."""
-    assert list(main.commands) == ["train", "sample", "score", "evaluate", "models"]
+    assert list(main.commands) == ["train", "sample", "score", "evaluate", "models", "serve"]
     for stub in main.commands.values():
         assert isinstance(stub, LazyCommand)
         command = stub.load()

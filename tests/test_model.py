@@ -13,8 +13,9 @@ from charloom.architecture import Architecture
 from charloom.cell import Floats, Network, State
 from charloom.checkpoint import Checkpoint, ModelWriter
 from charloom.decoding.draws import uniforms
-from charloom.decoding.request import Handle
+from charloom.decoding.request import Handle, Prompt, Request
 from charloom.errors import (
+    BusyError,
     CheckpointError,
     ClosedError,
     ModelError,
@@ -213,6 +214,55 @@ def test_choices_without_a_seed_share_one() -> None:
     assert len({result.seed for result in MODEL.choices("a", n=4, max_tokens=1)}) == 1
 
 
+def test_an_engine_can_be_stepped_by_hand() -> None:
+    """Without a thread of its own nothing moves until it is stepped, and the text is the same."""
+    model = Model(make_checkpoint(), own_thread=False, spinning=False, capacity=3, waiting=2)
+    assert (model.engines, model.kernels, model.is_open("float32")) == ((), (), False)
+    engine = model.engine("float32")
+    assert model.engine("float32") is engine
+    assert (model.engines, model.kernels) == ((engine,), ("float32",))
+    assert model.is_open("float32")
+    assert engine.capacity == 3
+    params = SamplingParams(max_tokens=20, logit_bias={"a": 3.0})
+    handle = engine.submit(
+        Request(
+            prompt=Prompt(LETTERS.encode("ab")), params=params, seed=4, bias_V=model.bias(params)
+        )
+    )
+    assert handle.take() == []
+    while engine.step():
+        pass
+    expected = MODEL.generate("ab", params, seed=4, precision="float32")
+    assert handle.result().text == expected.text
+    assert model.arithmetic("float32") == expected.precision
+
+
+def test_requests_beyond_those_that_may_wait_are_refused() -> None:
+    """How many may wait is the model's to say."""
+    engine = Model(make_checkpoint(), own_thread=False, waiting=2).engine("auto")
+    request = Request(prompt=Prompt(LETTERS.encode("a")), params=SamplingParams(), seed=0)
+    handles = [engine.submit(request) for _ in range(2)]
+    with pytest.raises(BusyError):
+        engine.submit(request)
+    engine.close()
+    assert {handle.result().ending for handle in handles} == {"cancelled"}
+
+
+def test_no_states_are_kept_where_there_is_no_room_for_them() -> None:
+    """A model whose cache holds nothing reads its prompts again, and writes the same."""
+    model = Model(make_checkpoint(), cache=0)
+    texts = {model.generate("abc" * 100, max_tokens=9, seed=1).text for _ in range(2)}
+    assert texts == {MODEL.generate("abc" * 100, max_tokens=9, seed=1).text}
+    assert (model.cache.entries, model.cache.hits) == (0, 0)
+
+
+def test_a_model_says_whether_it_knows_documents() -> None:
+    """Then it begins with their end, and may draw it."""
+    kinds = {"none": False, "lines": True, "files": True, "records": True}
+    for documents, expected in kinds.items():
+        assert Model(make_checkpoint(documents=documents)).documents == expected
+
+
 def test_the_prompt_is_read_once_for_all_choices() -> None:
     """All of it but its last token is stepped once; each choice steps that and its own text."""
     model, decoder = scripted("abc", prompt="hegf")
@@ -273,6 +323,39 @@ def test_the_end_token_ends_a_document() -> None:
     model, _ = scripted("ab", prompt="he", documents="records", end=True)
     result = model.generate("he", max_tokens=50)
     assert (result.text, result.finish_reason, result.generated_tokens) == ("ab", "stop", 3)
+
+
+@pytest.mark.parametrize("documents", ["none", "lines"])
+def test_a_text_has_its_least_length(documents: str) -> None:
+    """A network that is certain of the end does not draw it before, and then does."""
+    model, _ = scripted("ab", prompt="he", documents=documents, end=True)
+    result = model.generate("he", min_tokens=7, max_tokens=20)
+    assert len(result.text) == (7 if documents == "lines" else 20)
+    assert result.generated_tokens == (8 if documents == "lines" else 20)
+
+
+def test_the_end_of_a_document_can_be_ignored() -> None:
+    """It is never drawn, so that the text has the length that was asked for."""
+    model, _ = scripted("ab", prompt="he", documents="lines", end=True)
+    result = model.generate("he", ignore_eos=True, max_tokens=20)
+    assert (len(result.text), result.finish_reason) == (20, "length")
+    assert LETTERS.end not in result.tokens
+
+
+def test_a_stop_string_can_be_shown() -> None:
+    """The text ends with it, whole and in pieces, of which none waits for another."""
+    model, _ = scripted("abcdefgh", prompt="h")
+    options = SamplingParams(stop=("cde",), max_tokens=8, include_stop_str_in_output=True)
+    result = model.generate("h", options)
+    assert (result.text, result.finish_reason, result.generated_tokens) == ("abcde", "stop", 5)
+    assert "".join(model.stream("h", options)) == "abcde"
+
+
+def test_a_stop_string_comes_after_the_least_length() -> None:
+    """One that is drawn earlier is text like any other."""
+    model, _ = scripted("abcabcab", prompt="h")
+    result = model.generate("h", stop=("bc",), min_tokens=4, max_tokens=8)
+    assert (result.text, result.generated_tokens) == ("abca", 6)
 
 
 def test_a_model_of_plain_text_never_ends_by_itself() -> None:

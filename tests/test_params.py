@@ -50,7 +50,10 @@ def test_what_is_not_given_is_none() -> None:
     """Only options with a neutral value have a number by default."""
     params = SamplingParams()
     given = {name for name in get_type_hints(SamplingParams) if getattr(params, name) is not None}
-    assert given == {"max_tokens", "temperature", "stop", "n", "unknown", "precision"}
+    assert given == {
+        *("max_tokens", "min_tokens", "temperature", "stop", "include_stop_str_in_output"),
+        *("ignore_eos", "n", "unknown", "precision"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,9 @@ def test_what_is_not_given_is_none() -> None:
         {"logit_bias": {"e": BIAS_LIMIT, "the": -BIAS_LIMIT, 0: 0, 10**9: 1.5}},
         {"logprobs": 0},
         {"logprobs": 10**9},
+        {"min_tokens": 0, "max_tokens": 0},
+        {"min_tokens": 256},
+        {"ignore_eos": True, "include_stop_str_in_output": True},
         {"precision": "int8"},
         {"precision": "float32"},
         {"seed": SEED_LIMIT - 1},
@@ -95,6 +101,11 @@ def test_limits_are_allowed(options: dict[str, Any]) -> None:
         ("max_tokens", 1.0),
         ("max_tokens", True),
         ("max_tokens", None),
+        ("min_tokens", -1),
+        ("min_tokens", 1.0),
+        ("min_tokens", True),
+        ("min_tokens", None),
+        ("min_tokens", 257),
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
@@ -143,6 +154,9 @@ def test_limits_are_allowed(options: dict[str, Any]) -> None:
         ("stop", ("a", "")),
         ("stop", ("a",) * (STOPS_LIMIT + 1)),
         ("stop", ("a" * (STOP_LENGTH_LIMIT + 1),)),
+        ("ignore_eos", 1),
+        ("ignore_eos", None),
+        ("include_stop_str_in_output", "yes"),
         ("n", 0),
         ("n", 2**32 + 1),
         ("unknown", "ignore"),
@@ -182,6 +196,11 @@ def test_a_sentence_in_full() -> None:
             {"frequency_penalty": 3},
             "frequency_penalty is 3; give a finite number of at least -2 and at most 2.",
         ),
+        (
+            {"min_tokens": 9, "max_tokens": 5},
+            "min_tokens is 9, and max_tokens 5; give at most that many.",
+        ),
+        ({"ignore_eos": 0}, "ignore_eos is 0; give True or False."),
         ({"precision": "int4"}, "precision is 'int4'; choose one of auto, int8, float32."),
     ],
 )

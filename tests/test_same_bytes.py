@@ -129,9 +129,15 @@ def some(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 def requests(precision: Precise, *, stop: bool = True) -> st.SearchStrategy[Asked]:
     """Any request."""
+    lengths = st.integers(0, 40)
     params = st.builds(
-        SamplingParams,
-        max_tokens=st.integers(0, 40),
+        lambda first, second, **options: SamplingParams(
+            min_tokens=min(first, second), max_tokens=max(first, second), **options
+        ),
+        first=st.just(0) | lengths,
+        second=lengths,
+        include_stop_str_in_output=st.booleans(),
+        ignore_eos=st.booleans(),
         temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
         top_k=some(st.integers(1, 12) | st.integers(1, 900)),
         top_p=some(SHARES),
@@ -168,6 +174,7 @@ def make_crowd(
             typical_p=None if rng.random() < 0.7 else float(rng.uniform(0.1, 1)),
             repetition_penalty=None if rng.random() < 0.5 else 1.3,
             logit_bias=None if rng.random() < 0.5 else {"a": 2.0},
+            ignore_eos=bool(rng.random() < 0.3),
             logprobs=None if rng.random() < 0.5 else 1,
             precision=precision,
         )
@@ -257,7 +264,11 @@ def test_continued_from_its_own_beginning(
         kind,
         Asked(
             prompt=asked.prompt + whole.text[:cut],
-            params=replace(asked.params, max_tokens=asked.params.max_tokens - begun),
+            params=replace(
+                asked.params,
+                max_tokens=asked.params.max_tokens - begun,
+                min_tokens=max(asked.params.min_tokens - begun, 0),
+            ),
             choice=asked.choice,
         ),
     )

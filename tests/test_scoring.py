@@ -223,6 +223,31 @@ def test_unknown_characters_may_be_skipped_or_refused() -> None:
         model.score("abécd", unknown="error")
 
 
+@pytest.mark.parametrize("documents", ["none", "lines"])
+def test_a_text_can_be_scored_without_waiting(documents: str) -> None:
+    """Encoded, submitted, stepped by hand and assembled it has the score that waiting gives."""
+    model = Model(make_model(documents=documents).checkpoint, threads=1, own_thread=False)
+    scorer = model.scorer(top=2)
+    asked = []
+    for text in ("abc 春", "", "aéb"):
+        tokens = scorer.encode(text)
+        asked.append((text, tokens, scorer.submit(tokens, owner="somebody")))
+    assert all(handle.take() == [] for _, _, handle in asked)
+    (engine,) = model.engines
+    while engine.step():
+        pass
+    for text, tokens, handle in asked:
+        score = scorer.assemble(text, tokens, handle.result().prompt_scores)
+        expected = make_model(documents=documents).score(text, top=2)
+        assert (score.text, score.pieces, score.unknown) == (
+            expected.text,
+            expected.pieces,
+            expected.unknown,
+        )
+        for name in ("tokens_N", "logprobs_N", "ranks_N", "entropies_N", "top_logprobs_NT"):
+            np.testing.assert_array_equal(getattr(score, name), getattr(expected, name))
+
+
 def test_apart_each_text_is_scored_as_alone() -> None:
     """Many texts, more than there are rows, come in their order with the numbers of each alone."""
     model = make_model(documents="lines")

@@ -120,6 +120,61 @@ def test_a_text_does_not_depend_on_the_blocks_it_comes_in(
     assert results[0] == results[1]
 
 
+def _end_by_brute_force(
+    pieces: list[str], stops: list[str], least: int
+) -> tuple[str, str, str | None, int]:
+    """The text before the stop that ends it and the text with it, that stop, and how many tokens
+    were drawn by then: look at every beginning of the text in turn.
+    """
+    text = ""
+    for count, piece in enumerate(pieces, start=1):
+        for character in piece:
+            text += character
+            found = [stop for stop in stops if text.endswith(stop)]
+            if found and count >= least:
+                stop = max(found, key=len)
+                return text.removesuffix(stop), text, stop, count
+    return text, text, None, len(pieces)
+
+
+@given(
+    text=st.text("ab\né😀", max_size=20),
+    cuts=st.lists(st.integers(1, 6), min_size=1, max_size=20),
+    stops=st.lists(st.sampled_from(["a", "ab", "b\n", "é", "a😀", "aab"]), max_size=3),
+    least=st.integers(0, 12),
+)
+def test_stops_and_the_least_length_are_as_by_brute_force(
+    text: str, cuts: list[int], stops: list[str], least: int
+) -> None:
+    """In whatever blocks it comes, a text ends with the first stop completed when it is long
+    enough, and is shown before it or with it.
+    """
+    tokens = BYTES.encode(text).tolist()
+    decoder = BYTES.stream_decoder()
+    pieces = [decoder.push(token) for token in tokens]
+    before, through, stop, count = _end_by_brute_force(pieces, stops, least)
+    for is_shown in (False, True):
+        sequence = begin(
+            BYTES,
+            options={
+                "stop": tuple(stops),
+                "min_tokens": least,
+                "include_stop_str_in_output": is_shown,
+            },
+        )
+        written, rest = "", tokens
+        for length in (*cuts, *[len(tokens)] * len(tokens)):
+            if sequence.finish_reason is not None or not rest:
+                break
+            written += sequence.extend(rest[:length])
+            rest = rest[length:]
+        if sequence.finish_reason is None:
+            written += sequence.end()
+        assert written == (through if is_shown else before)
+        assert (sequence.stop, sequence.tokens) == (stop, tokens[:count])
+        assert sequence.finish_reason == (None if stop is None else "stop")
+
+
 def test_an_unfinished_character_is_dropped_at_the_limit() -> None:
     """Three of the four bytes of an emoji at the limit leave the text before it."""
     sequence = begin(BYTES, options={"max_tokens": 4})
@@ -170,6 +225,27 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
     sequence = begin(options={"stop": ("bc",)})
     assert extend_by_text(sequence, LETTERS, "abbcaa") == ["a", "", "b", ""]
     assert (sequence.finish_reason, sequence.stop) == ("stop", "bc")
+
+
+def test_a_stop_string_that_is_shown_leaves_at_once() -> None:
+    """Nothing has to be held back, since the text goes on with it in any case."""
+    sequence = begin(options={"stop": ("bc",), "include_stop_str_in_output": True})
+    assert extend_by_text(sequence, LETTERS, "abbcaa") == ["a", "b", "b", "c"]
+    assert (sequence.finish_reason, sequence.stop) == ("stop", "bc")
+
+
+def test_a_stop_string_before_the_least_length_is_text() -> None:
+    """It is shown whole, and the next one may end the text with its last token's number."""
+    sequence = begin(options={"stop": ("ab",), "min_tokens": 4})
+    assert extend_by_text(sequence, LETTERS, "abab") == ["", "ab", "", ""]
+    assert (sequence.finish_reason, len(sequence.tokens)) == ("stop", 4)
+
+
+def test_what_was_held_back_before_the_least_length_is_shown_at_the_end() -> None:
+    """A text that is broken off before it may end has all its characters."""
+    sequence = begin(options={"stop": ("abc", "c"), "min_tokens": 9})
+    assert extend_by_text(sequence, LETTERS, "caab") == ["c", "", "a", ""]
+    assert (sequence.end(), sequence.finish_reason) == ("ab", None)
 
 
 def test_tokens_end_with_the_one_that_completed_the_stop_string() -> None:

@@ -21,6 +21,22 @@ def held_by_brute_force(text: str, stops: list[str]) -> str:
     return next(end for end in ends if any(stop.startswith(end) for stop in stops) or not end)
 
 
+def end_by_brute_force(
+    pieces: list[str], least: int, stops: list[str]
+) -> tuple[str, str | None, int | None]:
+    """The text before the first stop completed from piece number `least` on, that stop, and where
+    in the whole text it ends.
+    """
+    text = "".join(pieces)
+    first = sum(map(len, pieces[: max(least - 1, 0)])) + 1
+    for end in range(first, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest, end
+    return text, None, None
+
+
 few_letters = st.text("ab", max_size=12) | st.text("abc", max_size=30)
 some_stops = st.lists(st.text("ab", min_size=1, max_size=4) | st.just("abcab"), max_size=4)
 
@@ -44,6 +60,51 @@ def test_only_what_may_still_match_is_held_back(text: str, stops: list[str]) -> 
             break
         held = held_by_brute_force(text[:end], stops)
         assert released + held == text[:end]
+
+
+@given(pieces=st.lists(few_letters, max_size=8), stops=some_stops, least=st.integers(0, 9))
+def test_a_stop_completed_too_early_is_text(
+    pieces: list[str], stops: list[str], least: int
+) -> None:
+    """Only from some piece on may a stop end the text, though it may have begun before."""
+    before, stop, end = end_by_brute_force(pieces, least, stops)
+    for is_shown in (False, True):
+        matcher = StopMatcher(stops, is_shown=is_shown)
+        released = "".join(
+            matcher.push(piece, may_end=number >= least)
+            for number, piece in enumerate(pieces, start=1)
+        )
+        released += matcher.flush()
+        assert released == ("".join(pieces)[:end] if is_shown else before)
+        assert matcher.matched == stop
+
+
+@given(text=few_letters, stops=some_stops)
+def test_only_what_may_match_later_is_held_back(text: str, stops: list[str]) -> None:
+    """Where no stop may end the text yet, the longest end that some stop goes on from is held."""
+    matcher = StopMatcher(stops)
+    released = ""
+    for end, character in enumerate(text, start=1):
+        released += matcher.push(character, may_end=False)
+        held = next(
+            text[start:end]
+            for start in range(end + 1)
+            if start == end
+            or any(stop.startswith(text[start:end]) and len(stop) > end - start for stop in stops)
+        )
+        assert released + held == text[:end]
+
+
+@given(text=few_letters, stops=some_stops)
+def test_a_stop_that_is_shown_holds_nothing_back(text: str, stops: list[str]) -> None:
+    """Each character leaves at once, up to the last one of the stop."""
+    matcher = StopMatcher(stops, is_shown=True)
+    for character in text:
+        assert matcher.push(character) == character
+        if matcher.matched is not None:
+            break
+    assert matcher.flush() == ""
+    assert (matcher.matched or "") in text
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from charloom.errors import OptionError, UnknownTextError
+from charloom.params import UnknownPolicy
 from charloom.tokenizer import (
     PIECE_MODELS,
     ByteTokenizer,
     CharacterTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    UnknownPolicy,
 )
 
 HOSTILE = (

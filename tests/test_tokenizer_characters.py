@@ -41,8 +41,8 @@ def test_an_unknown_character_is_named_with_its_position(stranger: str) -> None:
         CharacterTokenizer("abdz").encode(f"ab{stranger}ab\uffff")
     assert str(caught.value) == (
         f"The character {stranger!r} (U+{ord(stranger):04X}) at position 2 (counted from 0) is not "
-        "in the model's vocabulary; take it out, or choose --unknown replace for a stand-in or "
-        "--unknown skip to leave such characters out."
+        "in the model's vocabulary; take it out, or set unknown (--unknown on the command line) to "
+        '"replace" for a stand-in or to "skip" to leave such characters out.'
     )
 
 

@@ -24,15 +24,15 @@ version before. The price is room for two versions while one replaces the other.
     ownership    whether a folder is ours to write in
     reading      load, load_trainer, read_history, verify
     writing      ModelWriter
-    listing      list_models, inspect_model
+    listing      list_models, inspect_model, stamp
     removal      remove
 
 Nothing here is executable and nothing is pickled: JSON, safetensors, and the tokenizer's own file.
 """
 
-from charloom.checkpoint.listing import ModelEntry, inspect_model, list_models
+from charloom.checkpoint.listing import ModelEntry, Stamp, inspect_model, list_models, stamp
 from charloom.checkpoint.manifest import FORMAT_VERSION
-from charloom.checkpoint.name import check_name, find_model
+from charloom.checkpoint.name import check_name, find_model, model_names
 from charloom.checkpoint.reading import (
     Checkpoint,
     TrainerState,
@@ -49,6 +49,7 @@ __all__ = [
     "Checkpoint",
     "ModelEntry",
     "ModelWriter",
+    "Stamp",
     "TrainerState",
     "WriteMode",
     "check_name",
@@ -57,7 +58,9 @@ __all__ = [
     "list_models",
     "load",
     "load_trainer",
+    "model_names",
     "read_history",
     "remove",
+    "stamp",
     "verify",
 ]

@@ -6,12 +6,13 @@ taken.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from charloom.architecture import Architecture
-from charloom.checkpoint.layout import CONFIG, TRAINER_ROLES
+from charloom.checkpoint.layout import CONFIG, TRAINER_ROLES, data_files
 from charloom.checkpoint.lock import WriterLock
 from charloom.checkpoint.manifest import Manifest, unusable
 from charloom.checkpoint.name import model_names
@@ -103,6 +104,28 @@ def inspect_model(path: Path) -> ModelEntry:
         updated=manifest.updated,
         fingerprint=manifest.fingerprint,
     )
+
+
+Stamp = tuple[tuple[str, int, int, int, int], ...]
+"""Name, inode, size and times of some files of a model, as far as they are there."""
+
+
+def stamp(path: Path, *, whole: bool = False) -> Stamp:
+    """What differs after every commit, for the price of looking up one file.
+
+    `whole` takes in the data files, by which a damaged model may be restored; those of a sound one
+    never change. Files that cannot be looked at count as missing.
+    """
+    files = [(CONFIG, path / CONFIG)]
+    with suppress(OSError):
+        files += data_files(path) if whole else ()
+    found = []
+    for name, file in files:
+        with suppress(OSError):
+            status = file.stat()
+            times = status.st_mtime_ns, status.st_ctime_ns  # a copy may keep the former
+            found.append((name, status.st_ino, status.st_size, *times))
+    return tuple(found)
 
 
 def _sizes(path: Path, manifest: Manifest) -> tuple[dict[str, int], str | None]:

@@ -105,7 +105,7 @@ class CommandLine(click.Group):
         if not isinstance(command, LazyCommand) or command.extra is None or error.name is None:
             return None
         package = error.name.partition(".")[0]
-        if package in ("charloom", "training"):
+        if package in ("charloom", "training", "service"):
             return None
         return (
             f"`charloom {command.name}` needs the package {package!r}, which is not installed; "
@@ -169,5 +169,11 @@ for _command in (
         extra="train",
     ),
     LazyCommand("models", "charloom.cli.models:models", "List, show, verify and remove models."),
+    LazyCommand(
+        "serve",
+        "service.cli:serve",
+        "Serve the models over HTTP, to every client that speaks OpenAI's API.",
+        extra="serve",
+    ),
 ):
     main.add_command(_command)

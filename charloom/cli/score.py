@@ -19,9 +19,9 @@ from charloom.cli.context import Context
 from charloom.cli.judgements import finite
 from charloom.errors import CharloomError, OptionError, UnknownTextError
 from charloom.model import load
-from charloom.params import thread_problems
+from charloom.params import UNKNOWN_POLICIES, thread_problems
 from charloom.scoring import Score
-from charloom.tokenizer import UNKNOWN_POLICIES, Tokenizer
+from charloom.tokenizer import Tokenizer
 
 
 @click.command()

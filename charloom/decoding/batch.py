@@ -128,6 +128,8 @@ class Batch:
         # How many tokens of the script will follow the one that is fed next, and the next mark.
         self._unread = np.zeros(self.capacity, np.int64)
         self._mark = np.zeros(self.capacity, np.int64)
+        # How many tokens a row must have been fed before it may draw the end of a document.
+        self._endless = np.zeros(self.capacity, np.int64)
 
     def join(self, row: Row, state: State | None) -> None:
         """Take a row in, at the state that the first `row.fed` tokens of its script have left."""
@@ -155,6 +157,11 @@ class Batch:
         self._fed[index] = row.fed
         self._unread[index] = len(row.script) - 1 - row.fed
         self._mark[index] = min(row.marks, default=NEVER)
+        self._endless[index] = 0
+        if self._alphabet.documents and row.params.ignore_eos:
+            self._endless[index] = NEVER
+        elif self._alphabet.documents and row.params.min_tokens > 0:
+            self._endless[index] = len(row.script) + row.params.min_tokens
         # Last, so that a row is in or not, whatever went wrong.
         self._undrawn.add(row)
         self.rows.append(row)
@@ -194,6 +201,7 @@ class Batch:
                 self._fed,
                 self._unread,
                 self._mark,
+                self._endless,
             ):
                 if array is not None:
                     array[index] = array[last]
@@ -225,6 +233,7 @@ class Batch:
         bias_BV = None if self._biases is None else self._biases[:rows]
         characters_B = self._characters[:rows] if self._alphabet.has_states else None
         barrier_BV = self._alphabet.barrier_SV[:1]
+        is_endless_KB = self._find_endless(steps)
         together = int(self._unread[:rows].min())
         with np.errstate(over="ignore", invalid="ignore"):
             for step in range(steps):
@@ -236,10 +245,13 @@ class Batch:
                 else:
                     if characters_B is not None:
                         barrier_BV = self._alphabet.barrier_SV[characters_B]
+                    barred_BV = barrier_BV
+                    if step < len(is_endless_KB):
+                        barred_BV = self._bar_end(barrier_BV, is_endless_KB[step])
                     urn = weigh(
                         logits_BV,
                         rules,
-                        barrier_BV=barrier_BV,
+                        barrier_BV=barred_BV,
                         bias_BV=bias_BV,
                         counts_BV=counts_BV,
                     )
@@ -317,3 +329,18 @@ class Batch:
             row.marks = [mark for mark in row.marks if mark > fed + steps]
             self._mark[index] = min(row.marks, default=NEVER)
         return due
+
+    def _find_endless(self, steps: int) -> NDArray[np.bool_]:
+        """Which rows may not draw the end of a document, by step; no steps where all may."""
+        rows = len(self.rows)
+        barred_B = self._endless[:rows] - self._fed[:rows] - 1
+        longest = min(max(int(barred_B.max()), 0), steps)
+        return np.arange(longest)[:, None] < barred_B
+
+    def _bar_end(
+        self, barrier_BV: NDArray[np.float32], is_endless_B: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """The barrier, which may have one row for all, with some rows' end of a document behind."""
+        barred_BV = np.repeat(barrier_BV, len(is_endless_B) // len(barrier_BV), axis=0)
+        barred_BV[is_endless_B, self._alphabet.tokenizer.end] = -np.inf
+        return barred_BV

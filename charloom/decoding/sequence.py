@@ -22,10 +22,12 @@ class Sequence:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = "length" if params.max_tokens == 0 else None
         self._max_tokens = params.max_tokens
+        self._min_tokens = params.min_tokens
         self._alphabet = alphabet
-        self._end = alphabet.tokenizer.end if alphabet.documents else None
+        can_end = alphabet.documents and not params.ignore_eos
+        self._end = alphabet.tokenizer.end if can_end else None
         self._decoder = alphabet.tokenizer.stream_decoder()
-        self._stops = StopMatcher(params.stop)
+        self._stops = StopMatcher(params.stop, is_shown=params.include_stop_str_in_output)
         self._character = WHOLE
         # Nothing but the limit ends such a text, and every token is whole characters.
         self._is_plain = self._stops.is_idle and self._end is None and not alphabet.has_states
@@ -56,7 +58,7 @@ class Sequence:
             piece = ""
             for token in drawn:
                 self.tokens.append(token)
-                piece += self._stops.push(self._decoder.push(token))
+                piece += self._push(self._decoder.push(token))
                 if self.stop is not None:
                     self.finish_reason = "stop"
                     return piece
@@ -65,11 +67,15 @@ class Sequence:
             self.finish_reason = "length"
         return piece if self.finish_reason is None else piece + self._flush()
 
+    def _push(self, text: str) -> str:
+        """Look for stop strings in what the last token has added."""
+        return self._stops.push(text, may_end=len(self.tokens) >= self._min_tokens)
+
     def _flush(self) -> str:
         """What was held back, except the bytes of a character that will not be completed."""
         piece = ""
         if self._character == WHOLE:
-            piece = self._stops.push(self._decoder.flush())
+            piece = self._push(self._decoder.flush())
             if self.stop is not None:
                 self.finish_reason = "stop"
         return piece + self._stops.flush()

@@ -27,20 +27,13 @@ tokens:
 """
 
 from charloom.errors import CheckpointError
-from charloom.tokenizer.base import (
-    UNKNOWN_POLICIES,
-    StreamDecoder,
-    Tokenizer,
-    Tokens,
-    UnknownPolicy,
-)
+from charloom.tokenizer.base import StreamDecoder, Tokenizer, Tokens
 from charloom.tokenizer.characters import CharacterTokenizer
 from charloom.tokenizer.pieces import PIECE_MODELS, PieceModel, SentencePieceTokenizer
 from charloom.tokenizer.utf8 import ByteTokenizer, Utf8Tokenizer
 
 __all__ = [
     "PIECE_MODELS",
-    "UNKNOWN_POLICIES",
     "ByteTokenizer",
     "CharacterTokenizer",
     "PieceModel",
@@ -48,7 +41,6 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "Tokens",
-    "UnknownPolicy",
     "Utf8Tokenizer",
     "load_tokenizer",
 ]

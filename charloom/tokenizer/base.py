@@ -8,15 +8,13 @@ cannot drift apart; the price is one copy of the tokens.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
-from typing import Any, ClassVar, Literal, Protocol, Self, get_args
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from charloom.errors import OptionError, UnknownTextError
-
-UnknownPolicy = Literal["error", "replace", "skip"]
-UNKNOWN_POLICIES: tuple[UnknownPolicy, ...] = get_args(UnknownPolicy)
+from charloom.params import UNKNOWN_POLICIES, UnknownPolicy
 
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -143,8 +141,11 @@ class Tokenizer(ABC):
     def describe(self, token: int) -> str:
         """Return a printable name of one token, for messages and tools."""
 
-    def _token_array(self, tokens: Tokens) -> NDArray[np.int64]:
-        """Return the tokens as an array; a negative one must not count from the table's end."""
+    def check(self, tokens: Tokens) -> NDArray[np.int64]:
+        """Return the tokens as an array, shape (n,); a negative one must not count from the end.
+
+        Raises `OptionError` when a number is not a token of this vocabulary.
+        """
         array = np.asarray(tokens)
         if array.size == 0:
             return np.empty(0, np.int64)
@@ -193,6 +194,6 @@ def unknown_character(character: str, position: int) -> UnknownTextError:
     reason = "is not text" if is_surrogate(character) else "is not in the model's vocabulary"
     return UnknownTextError(
         f"The character {name_character(character)} at position {position} (counted from 0) "
-        f"{reason}; take it out, or choose --unknown replace for a stand-in or --unknown skip to "
-        "leave such characters out."
+        f'{reason}; take it out, or set unknown (--unknown on the command line) to "replace" for '
+        'a stand-in or to "skip" to leave such characters out.'
     )

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from charloom.errors import OptionError
+from charloom.params import UnknownPolicy
 from charloom.tokenizer.base import (
     END_NAME,
     REPLACEMENT,
     Tokenizer,
     Tokens,
-    UnknownPolicy,
     fingerprint_of,
     is_surrogate,
     name_character,
@@ -126,7 +126,7 @@ class CharacterTokenizer(Tokenizer):
 
     def decode(self, tokens: Tokens) -> str:
         """Return the text of the tokens: "" for the end token, U+FFFD for the unknown token."""
-        array = self._token_array(tokens)
+        array = self.check(tokens)
         code_points: NDArray[np.uint32] = self._code_points[array[array != END]]
         return code_points.tobytes().decode("utf-32-le")
 
@@ -146,7 +146,7 @@ class CharacterTokenizer(Tokenizer):
 
     def describe(self, token: int) -> str:
         """Return a printable name of one token."""
-        self._token_array([token])
+        self.check([token])
         if token == END:
             return END_NAME
         if token == UNKNOWN:

@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from charloom.errors import CorpusError, OptionError
+from charloom.params import UnknownPolicy
 from charloom.tokenizer.base import (
     END_NAME,
     REPLACEMENT,
-    UnknownPolicy,
     fingerprint_of,
     is_surrogate,
 )
@@ -232,7 +232,7 @@ class SentencePieceTokenizer(Utf8Tokenizer):
 
     def describe(self, token: int) -> str:
         """Return a printable name of one token."""
-        self._token_array([token])
+        self.check([token])
         if token == self.end:
             return END_NAME
         if self._processor.is_byte(token):

@@ -14,12 +14,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from charloom.params import UnknownPolicy
 from charloom.tokenizer.base import (
     END_NAME,
     REPLACEMENT,
     Tokenizer,
     Tokens,
-    UnknownPolicy,
     fingerprint_of,
     unknown_character,
 )
@@ -63,7 +63,7 @@ class Utf8Tokenizer(Tokenizer):
 
     def decode(self, tokens: Tokens) -> str:
         """Return the text of the tokens: "" for the end token, U+FFFD for what is no UTF-8."""
-        array = self._token_array(tokens)
+        array = self.check(tokens)
         documents = np.split(array, np.flatnonzero(array == self.end))
         return "".join(
             b"".join([self.token_bytes[token] for token in document.tolist()]).decode(
@@ -147,7 +147,7 @@ class ByteTokenizer(Utf8Tokenizer):
 
     def describe(self, token: int) -> str:
         """Return a printable name of one token."""
-        self._token_array([token])
+        self.check([token])
         return END_NAME if token == self.end else name_byte(token)
 
 

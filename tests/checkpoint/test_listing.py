@@ -1,10 +1,12 @@
 import json
+import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from charloom.checkpoint import ModelWriter, inspect_model, list_models, load, remove
+from charloom.checkpoint import ModelWriter, inspect_model, list_models, load, remove, stamp
 from charloom.checkpoint.disk import Disk
 from charloom.errors import CheckpointError, ModelMissingError, StorageError
 
@@ -88,6 +90,37 @@ def test_a_model_being_trained_is_marked(saved: Path) -> None:
         (saved / "config.json").write_text("{")
         assert inspect_model(saved).training
     assert not inspect_model(saved).training
+
+
+def test_a_stamp_changes_with_every_commit_and_with_nothing_else(saved: Path, version) -> None:
+    """The same version committed again is another stamp; a history that grows is not."""
+    stamps = [stamp(saved)]
+    with ModelWriter(saved, mode="resume") as writer:
+        writer.append_history({"step": 1})
+        assert stamp(saved) == stamps[0]
+        for seed in (1, 1, 2):
+            writer.commit(**version(seed))
+            stamps.append(stamp(saved))
+    assert all(before != after for before, after in pairwise(stamps))
+
+
+def test_a_stamp_of_the_whole_tells_of_restored_files(saved: Path) -> None:
+    """A data file that comes back changes it, also one put back in its place with its old time."""
+    (weights,) = saved.glob("weights-*")
+    content, status = weights.read_bytes(), weights.stat()
+    sound = stamp(saved, whole=True)
+    weights.unlink()
+    missing = stamp(saved, whole=True)
+    weights.write_bytes(b"\0" * len(content))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    damaged = stamp(saved, whole=True)
+    assert len({sound, missing, damaged}) == 3
+    assert stamp(saved) == stamp(saved, whole=True)[:1]
+
+
+def test_what_is_not_there_has_an_empty_stamp(tmp_path: Path) -> None:
+    """Neither a missing folder nor an empty one is an error."""
+    assert stamp(tmp_path) == stamp(tmp_path / "gone", whole=True) == ()
 
 
 def test_no_folder_holds_no_models(tmp_path: Path) -> None:
