@@ -1,5 +1,6 @@
 from codecs import getincrementaldecoder
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from numpy.typing import NDArray
 
 from charloom.cell import State
 from charloom.decoding import batch as batch_module
+from charloom.decoding import sampling
 from charloom.decoding.alphabet import Alphabet
 from charloom.decoding.batch import DRAWS_AHEAD, Batch, Row
 from charloom.decoding.draws import uniforms
-from charloom.decoding.sampling import NONE, Rules, sample
+from charloom.decoding.sampling import NONE, Rules, Urn, sample
 from charloom.params import SamplingParams
 from charloom.tokenizer import ByteTokenizer, CharacterTokenizer
 
@@ -213,11 +215,13 @@ def write_alone(alphabet: Alphabet, order: Order, steps: int) -> list[int]:
     return history[order.fed + 1 : order.fed + 1 + steps]
 
 
+PENALISED = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.4)
 PARAMS = [
     SamplingParams(),
     SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01),
     SamplingParams(temperature=0.7, top_k=4, top_p=0.9),
-    SamplingParams(repetition_penalty=1.5, frequency_penalty=0.4),
+    PENALISED,
     SamplingParams(presence_penalty=-1.0, min_p=0.05, typical_p=0.9),
     SamplingParams(min_tokens=11),
     SamplingParams(ignore_eos=True, temperature=0.8),
@@ -294,6 +298,53 @@ def test_the_end_of_a_document_waits_for_its_row(alphabet: Alphabet, block: int)
     for least, tokens in zip((0, 3, 20), ends[:3], strict=True):
         assert end not in tokens[:least]
         assert end in tokens
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_a_row_goes_on_when_another_comes_and_goes(params: SamplingParams) -> None:
+    """By lists alone, by arrays beside another and by lists again, it is one text."""
+    order = Order((4, 5), seed=3, params=params)
+    crowd = Crowd(new_batch(), 11)
+    row = crowd.join(order)
+    for neighbour in (None, Order((6,), bias=2), None, Order((7,), params=PENALISED), None):
+        other = None if neighbour is None else crowd.join(neighbour)
+        crowd.advance(9)
+        if other is not None:
+            crowd.batch.leave(other)
+    assert crowd.lives[row].tokens == write_alone(LETTERS, order, 45)
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "order", "is_by_lists"),
+    [
+        (LETTERS, Order((3, 4)), True),
+        (LETTERS, Order((3, 4), params=SamplingParams(temperature=0.8, top_p=0.95)), True),
+        (LETTERS, Order((3, 4), bias=5), False),
+        (LETTERS, Order((3, 4), is_judged=True), False),
+        (LETTERS, Order((3, 4), params=PENALISED), False),
+        (BYTES, Order((3, 4)), False),
+    ],
+)
+def test_a_lone_row_needs_no_arrays(
+    alphabet: Alphabet, order: Order, is_by_lists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sampler is asked where other rules or another row want it, and not otherwise."""
+    asked = []
+
+    def weigh(*args: Any, **options: Any) -> Urn:
+        asked.append(len(args[0]))
+        return sampling.weigh(*args, **options)
+
+    monkeypatch.setattr(batch_module, "weigh", weigh)
+    batch = new_batch(alphabet)
+    size = alphabet.tokenizer.vocabulary_size
+    batch.join(order.row(size), None)
+    batch.advance(3)
+    assert asked == ([] if is_by_lists else [1, 1])
+    asked.clear()
+    batch.join(Order((5,)).row(size), None)
+    batch.advance(3)
+    assert asked == [2, 2, 2]
 
 
 def test_a_late_row_draws_its_own_numbers() -> None:
@@ -406,10 +457,10 @@ def test_a_cleared_batch_starts_afresh() -> None:
     """After all rows have gone at once the next ones do what they do in a new batch."""
     crowd = Crowd(new_batch(), 11)
     for seed in range(3):
-        crowd.join(Order((3, 4), seed=seed, params=PARAMS[3], bias=5))
+        crowd.join(Order((3, 4), seed=seed, params=PENALISED, bias=5))
     crowd.advance(9)
     crowd.batch.clear()
-    order = Order((3,), seed=4, params=PARAMS[3])
+    order = Order((3,), seed=4, params=PENALISED)
     row = crowd.join(order)
     crowd.advance(9)
     assert crowd.lives[row].tokens == write_alone(LETTERS, order, 9)

@@ -128,9 +128,19 @@ def some(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 def requests(precision: Precise, *, stop: bool = True) -> st.SearchStrategy[Asked]:
-    """Any request."""
+    """Any request; every other one has such options as a row that is alone draws by lists."""
     lengths = st.integers(0, 40)
-    params = st.builds(
+    plain = st.builds(
+        SamplingParams,
+        max_tokens=lengths,
+        temperature=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+        top_p=some(SHARES),
+        min_p=some(st.floats(0.0, 0.3)),
+        ignore_eos=st.booleans(),
+        seed=st.integers(0, SEED_LIMIT - 1),
+        precision=st.just(precision),
+    )
+    params = plain | st.builds(
         lambda first, second, **options: SamplingParams(
             min_tokens=min(first, second), max_tokens=max(first, second), **options
         ),

@@ -9,6 +9,8 @@ network little more. A text that ends within a block is stepped on to the block'
 afterwards: a wasted row costs next to nothing, an early look costs every row. States that are to be
 kept are copied at their step, within the block.
 
+Who draws is a matter of speed alone: the sampler for all rows at once, or a lone row by itself.
+
 All that belongs to a row stands at its index in arrays of fixed size, of which the first B rows are
 in use; a row that leaves is replaced by the last one.
 
@@ -24,6 +26,7 @@ from charloom.cell import State
 from charloom.decoding.alphabet import REACH, Alphabet
 from charloom.decoding.decoder import Decoder
 from charloom.decoding.draws import uniforms
+from charloom.decoding.lone import LoneRow
 from charloom.decoding.sampling import NONE, RECORD, Rules, Urn, draw, record, weigh
 from charloom.params import SamplingParams
 
@@ -85,9 +88,6 @@ class _Judging:
         # Unlike zeros_like, this costs nothing until it is used.
         self._weights_KNV = np.zeros(self._logits_KNV.shape, np.float32)
 
-    def __bool__(self) -> bool:
-        return self._rows_N.size > 0
-
     def note_logits(self, step: int, logits_BV: NDArray[np.float32]) -> None:
         """Keep what the network gave."""
         self._logits_KNV[step] = logits_BV[self._rows_N]
@@ -113,6 +113,7 @@ class Batch:
         self._decoder = decoder
         self._alphabet = alphabet
         self._rules: Rules | None = None
+        self._lone: LoneRow | None = None
         self._tokens = np.zeros(self.capacity, np.int32)
         self._characters = np.zeros(self.capacity, np.int8)
         self._records = np.zeros(self.capacity, RECORD)
@@ -220,12 +221,15 @@ class Batch:
         rows = len(self.rows)
         if self._rules is None:
             self._rules = Rules(self._records[:rows])
-        rules = self._rules
+            self._lone = self._find_lone()
+        rules, lone = self._rules, self._lone
         uniform_KB = self._draw_ahead(steps)
         script_KB = self._open_scripts(steps)
         marks = self._find_marks(steps)
         states: dict[int, list[tuple[int, State]]] = {}
-        judging = _Judging(self.rows, steps, self._decoder.vocabulary_size)
+        judging = None
+        if any(row.is_judged for row in self.rows):
+            judging = _Judging(self.rows, steps, self._decoder.vocabulary_size)
         tokens_KB = np.empty((steps, rows), np.int64)
         peak_KB1 = np.zeros((steps, rows, 1), np.float32)
         tokens_B = self._tokens[:rows]
@@ -235,13 +239,17 @@ class Batch:
         barrier_BV = self._alphabet.barrier_SV[:1]
         is_endless_KB = self._find_endless(steps)
         together = int(self._unread[:rows].min())
+        uniform_K = [] if lone is None else uniform_KB[:, 0].tolist()
+        drawn_B: NDArray[np.int64] | int
         with np.errstate(over="ignore", invalid="ignore"):
             for step in range(steps):
                 logits_BV = self._decoder.step(tokens_B)
-                if judging:
+                if judging is not None:
                     judging.note_logits(step, logits_BV)
                 if step < together:  # all rows read
                     drawn_B = script_KB[step]
+                elif lone is not None:
+                    drawn_B, peak_KB1[step] = lone.draw(logits_BV[0], uniform_K[step])
                 else:
                     if characters_B is not None:
                         barrier_BV = self._alphabet.barrier_SV[characters_B]
@@ -257,7 +265,7 @@ class Batch:
                     )
                     peak_KB1[step] = urn.peak_B1
                     drawn_B = draw(urn, uniform_KB[step])
-                    if judging:
+                    if judging is not None:
                         judging.note_weights(step, urn)
                     is_drawn_B: NDArray[np.bool_] | int = 1
                     if step < len(script_KB):
@@ -270,11 +278,13 @@ class Batch:
                     characters_B[:] = self._alphabet.moves_SV[characters_B, tokens_B]
                 for index, length in marks.get(step, ()):
                     states.setdefault(index, []).append((length, self._decoder.read(index)))
+        read_B = np.minimum(self._unread[:rows], steps)
         # A row without a finite logit drew something too; that it did is seen only here, as looking
         # at each step costs time.
-        read_B = np.minimum(self._unread[:rows], steps)
-        has_drawn_KB = np.arange(steps)[:, None] >= read_B
-        tokens_KB[has_drawn_KB & ~np.isfinite(peak_KB1[:, :, 0])] = NONE
+        is_finite_KB = np.isfinite(peak_KB1[:, :, 0])
+        if not is_finite_KB.all():
+            has_drawn_KB = np.arange(steps)[:, None] >= read_B
+            tokens_KB[has_drawn_KB & ~is_finite_KB] = NONE
         self._unread[:rows] -= read_B
         self._fed[:rows] += steps
         return Block(
@@ -283,8 +293,19 @@ class Batch:
             unread=self.unread,
             tokens=tokens_KB.T.tolist(),
             states=states,
-            judged=judging.by_row(),
+            judged={} if judging is None else judging.by_row(),
         )
+
+    def _find_lone(self) -> LoneRow | None:
+        """The only row as one that draws by itself, where nothing but a few rules bear on it."""
+        if len(self.rows) != 1 or self._alphabet.has_states:
+            return None
+        (row,), barrier_V = self.rows, self._alphabet.barrier_SV[0]
+        if row.is_judged or row.bias_V is not None or self._endless[0] > 0:
+            return None
+        if not LoneRow.can_draw(self._records[0], len(barrier_V)):
+            return None
+        return LoneRow(self._records[0], barrier_V)
 
     def _draw_ahead(self, steps: int) -> NDArray[np.float64]:
         """The uniform numbers of the coming steps, (K, B); made ahead for rows that have none."""
@@ -311,6 +332,8 @@ class Batch:
         """What the scripts say for as many of the steps as any row reads on; `NONE` at a draw."""
         unread_B = self._unread[: len(self.rows)]
         longest = min(int(unread_B.max()), steps)
+        if longest == 0:  # as in most blocks
+            return np.empty((0, len(self.rows)), np.int64)
         script_KB = np.full((longest, len(self.rows)), NONE, np.int64)
         for index in np.flatnonzero(unread_B).tolist():
             fed = int(self._fed[index])

@@ -21,10 +21,10 @@ first session, but no other that calls a step.
     B rows   V vocabulary   L layers   P state parts   H hidden size
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime
@@ -71,6 +71,15 @@ class Decoder(Protocol):
         """Put a copy of the source row's state into the target row."""
 
 
+class _Bound(NamedTuple):
+    """What a step of the first rows reads and writes: cutting it out anew would cost each step."""
+
+    tokens_B: NDArray[np.int32]
+    logits_BV: NDArray[np.float32]
+    turns: Sequence[onnxruntime.IOBinding]
+    """One for either of the arrays that the states are read from."""
+
+
 class GraphDecoder:
     """The step graph of a checkpoint in ONNX Runtime."""
 
@@ -103,20 +112,19 @@ class GraphDecoder:
         self._current = 0
         self._tokens = np.zeros(capacity, np.int32)
         self._logits = np.zeros((capacity, architecture.vocabulary), np.float32)
-        self._bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
+        self._bound: dict[int, _Bound] = {}
         self.fingerprint = self._probe(checkpoint.fingerprint)
 
     def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
         """Feed a token to each of the first B rows: logits of the token after it, (B, V)."""
         rows = len(tokens_B)
-        self._tokens[:rows] = tokens_B
-        binding = self._bindings.get((rows, self._current))
-        if binding is None:
-            binding = self._bindings[rows, self._current] = self._bind(rows, self._current)
-        self._session.run_with_iobinding(binding)
+        bound = self._bound.get(rows)
+        if bound is None:
+            bound = self._bound[rows] = self._bind(rows)
+        bound.tokens_B[:] = tokens_B
+        self._session.run_with_iobinding(bound.turns[self._current])
         self._current = 1 - self._current
-        logits_BV: NDArray[np.float32] = self._logits[:rows]
-        return logits_BV
+        return bound.logits_BV
 
     def read(self, row: int) -> State:
         """A copy of a row's state, (L, P, H)."""
@@ -136,21 +144,22 @@ class GraphDecoder:
         states = self._states[self._current]
         states[:, :, target] = states[:, :, source]
 
-    def _bind(self, rows: int, current: int) -> onnxruntime.IOBinding:
-        """Tell the runtime where the first rows of every array lie."""
-        binding = self._session.io_binding()
-
-        def place(array: NDArray[np.generic]) -> tuple[str, int, object, tuple[int, ...], int]:
-            return "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
-
-        binding.bind_input("tokens", *place(self._tokens[:rows]))
-        binding.bind_output("logits", *place(self._logits[:rows]))
+    def _bind(self, rows: int) -> _Bound:
+        """Cut the first rows out of every array, and tell the runtime where they lie."""
+        tokens_B, logits_BV = self._tokens[:rows], self._logits[:rows]
         parts = self._states.shape[2]
-        for index, (old, new) in enumerate(zip(self._inputs, self._outputs, strict=True)):
-            layer, part = divmod(index, parts)
-            binding.bind_input(old, *place(self._states[current, layer, part, :rows]))
-            binding.bind_output(new, *place(self._states[1 - current, layer, part, :rows]))
-        return binding
+        turns = []
+        for current in range(2):
+            binding = self._session.io_binding()
+            binding.bind_input("tokens", *_place(tokens_B))
+            binding.bind_output("logits", *_place(logits_BV))
+            for index, (old, new) in enumerate(zip(self._inputs, self._outputs, strict=True)):
+                layer, part = divmod(index, parts)
+                states_SB = self._states[:, layer, part, :rows]
+                binding.bind_input(old, *_place(states_SB[current]))
+                binding.bind_output(new, *_place(states_SB[1 - current]))
+            turns.append(binding)
+        return _Bound(tokens_B, logits_BV, turns)
 
     def _probe(self, model: str) -> str:
         """Identify everything that the bits of a step depend on, by the bits of a few steps.
@@ -163,6 +172,11 @@ class GraphDecoder:
             digest.update(self.step(np.array([token % self.vocabulary_size], np.int32)).tobytes())
         self.clear(0)
         return digest.hexdigest()
+
+
+def _place(array: NDArray[np.generic]) -> tuple[str, int, object, tuple[int, ...], int]:
+    """Where an array lies, as the runtime is told."""
+    return "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
 
 
 def arithmetic_of(kernel: Kernel) -> Arithmetic:
