@@ -1,0 +1,153 @@
+"""What a folder of models holds: those that can be served, and why the others cannot.
+
+What `config.json` looks like from outside tells whether a model has been committed again, so a look
+at a hundred models that are as they were takes two milliseconds. A model that is damaged is logged
+once and looked at again when any of its files changes.
+"""
+
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from charloom import checkpoint
+from charloom.checkpoint import ModelEntry, Stamp, check_name, inspect_model, model_names
+from charloom.errors import ModelMissingError, ModelNameError
+from service.messages import ModelCard
+from service.settings import check_template
+
+_log = logging.getLogger("charloom.engine")
+
+
+class Catalogue:
+    """The models of a folder as they were at the last look."""
+
+    def __init__(self, models: Path) -> None:
+        self._models = models
+        self._entries: dict[str, ModelEntry] = {}
+        self._broken: dict[str, str] = {}
+        self._stamps: dict[str, Stamp] = {}
+        self._obstacle: str | None = None
+
+    @property
+    def entries(self) -> Mapping[str, ModelEntry]:
+        """The models that can be served, by name, as far as can be told without reading them."""
+        return self._entries
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """Why folders of these names are not served."""
+        return self._broken
+
+    def path(self, name: str) -> Path:
+        """Where a model lies."""
+        return self._models / name
+
+    def scan(self) -> None:
+        """Look at every folder, and forget those that are gone.
+
+        Where the folder of them all cannot be read, as when its disk is away, all stays as it was.
+        """
+        try:
+            names = model_names(self._models)
+        except ModelMissingError as error:
+            if str(error) != self._obstacle:
+                _log.error("%s", error)
+            self._obstacle = str(error)
+            return
+        self._obstacle = None
+        for name in {*self._entries, *self._broken}.difference(names):
+            self._forget(name)
+        for name in names:
+            self._look(name)
+
+    def find(self, name: str) -> ModelEntry | None:
+        """A model that can be served, also one that has come since the last scan."""
+        if name not in self._entries and name not in self._broken and self._is_folder(name):
+            self._look(name)
+        return self._entries.get(name)
+
+    def renew(self, name: str) -> ModelEntry | None:
+        """The same, looked at now in any case."""
+        self._stamps.pop(name, None)
+        self._look(name)
+        return self._entries.get(name)
+
+    def reject(self, name: str, reason: str, stamp: Stamp) -> None:
+        """Serve a model no more until its files, which had this stamp, change."""
+        if self._broken.get(name) != reason:
+            _log.error("The model %r is not served: %s", name, reason)
+        self._broken[name] = reason
+        self._stamps[name] = stamp
+        self._entries.pop(name, None)
+
+    def _is_folder(self, name: str) -> bool:
+        try:
+            check_name(name)
+        except ModelNameError:
+            return False
+        return self.path(name).is_dir()
+
+    def _look(self, name: str) -> None:
+        """Take note of what a folder holds, where that has changed."""
+        # Taken first: what changes while the folder is read is seen the next time.
+        stamp = checkpoint.stamp(self.path(name), whole=name in self._broken)
+        if self._stamps.get(name) == stamp:
+            return
+        try:
+            check_name(name)
+            entry = inspect_model(self.path(name))
+        except ModelNameError as error:
+            self.reject(name, str(error), stamp)
+        except ModelMissingError:
+            self._forget(name)
+        else:
+            if entry.problem is not None:
+                self.reject(name, entry.problem, stamp)
+                return
+            if self._broken.pop(name, None) is not None:
+                _log.info("The model %r is sound again.", name)
+            self._entries[name] = entry
+            self._stamps[name] = stamp
+
+    def _forget(self, name: str) -> None:
+        for known in (self._entries, self._broken, self._stamps):
+            known.pop(name, None)
+
+
+def describe(name: str, entry: ModelEntry, *, is_loaded: bool) -> ModelCard:
+    """The card of a model that can be served."""
+    architecture, created = entry.architecture, entry.created
+    assert architecture is not None, "of a model without a problem all facts are known"
+    assert created is not None
+    assert entry.fingerprint is not None
+    assert entry.tokenizer is not None
+    assert entry.documents is not None
+    return ModelCard(
+        name=name,
+        created=_seconds(created),
+        fingerprint=entry.fingerprint,
+        architecture=architecture.to_json(),
+        parameters=architecture.parameters,
+        tokenizer=entry.tokenizer,
+        vocabulary=architecture.vocabulary,
+        documents=entry.documents,
+        bits_per_character=entry.bits_per_character,
+        is_loaded=is_loaded,
+        chat_template=_template(entry),
+    )
+
+
+def _seconds(created: str) -> int:
+    """A time of config.json as seconds since 1970."""
+    moment = datetime.fromisoformat(created)
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def _template(entry: ModelEntry) -> str | None:
+    """The model's own chat template, where it has one that settings might have too."""
+    template = entry.summary.get("chat_template")
+    try:
+        return check_template(template) if isinstance(template, str) else None
+    except ValueError:
+        return None

@@ -1,0 +1,313 @@
+"""Admission: from a worker's message to a job in its lane, a question's answer, or a refusal.
+
+In this order, so that nothing is charged that is not going to be done:
+
+    1. the model is there, loaded if need be                         404, 500, 503
+    2. the request can be read, and is not too much work             400
+    3. it need not wait, or the queue is not full                    503
+    4. the owner's budget allows for it                              429
+    5. `Accepted` is sent, and it waits for a row
+
+Whatever takes long happens elsewhere and comes back: models are loaded by the shelf, engines opened
+and long texts encoded in the background, budgets perhaps asked for in Redis. A request may be
+cancelled meanwhile, so that is looked at after every step.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from charloom.decoding.engine import Engine
+from service.engine.background import Background
+from service.engine.faults import explain
+from service.engine.inquiry import EmbedWork, ScoreWork, describe, detokenise, tokenise
+from service.engine.job import Job
+from service.engine.lane import Lane
+from service.engine.metrics import Metrics
+from service.engine.quota import Quota
+from service.engine.shelf import Served, Shelf
+from service.engine.source import PROMPTS_LIMIT
+from service.engine.worker import Ticket, Worker
+from service.errors import RequestError, invalid, unavailable
+from service.frames import FrameError
+from service.messages import (
+    Answer,
+    AskMetrics,
+    AskStatus,
+    Describe,
+    Detokenise,
+    Embed,
+    Embeddings,
+    Models,
+    Question,
+    Refused,
+    Scores,
+    ScoreTexts,
+    Status,
+    Submit,
+    Text,
+    Tokenise,
+    Tokens,
+)
+from service.settings import Settings
+
+QUICK = 1 << 16
+"""Characters or tokens that are encoded at once; more are encoded in the background."""
+
+QUICK_ANSWER = 1 << 10
+"""Tokens whose scores are put into words at once."""
+
+Inquiry = Tokenise | Detokenise | ScoreTexts | Embed
+Body = Models | Scores | Embeddings | Tokens | Text | Status
+Result = TypeVar("Result")
+
+
+class Reception:
+    """Admits, refuses and lets go; `jobs` and `works` are what was admitted and is not over."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        shelf: Shelf,
+        quota: Quota,
+        background: Background,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._shelf = shelf
+        self._quota = quota
+        self._background = background
+        self._metrics = metrics
+        self._clock = clock
+        self.lanes: dict[Engine, Lane] = {}
+        self.jobs: dict[Ticket, Job] = {}
+        self.works: dict[Ticket, ScoreWork | EmbedWork] = {}
+        self._charging = 0
+        """Requests that wait for their budget, after there was room for them."""
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a row, or are about to."""
+        return self._charging + sum(lane.waiting for lane in self.lanes.values())
+
+    # Texts to write
+
+    def submit(self, worker: Worker, order: Submit) -> None:
+        """Begin to admit a request; raises `FrameError` where its number is taken."""
+        ticket = worker.open(order.id, is_question=False)
+        self._shelf.get(order.model, partial(self._read, ticket, order))
+
+    def _read(self, ticket: Ticket, order: Submit, served: Served | RequestError) -> None:
+        """The model is known: encode the prompts."""
+        if isinstance(served, Exception) or ticket.is_cancelled:
+            self._give_up(ticket, served)
+            return
+        if order.fingerprint not in (None, served.fingerprint):
+            error = unavailable(
+                f"The model {order.model!r} has been replaced while its text was being written; "
+                "send the request again.",
+                code="model_replaced",
+            )
+            self.refuse(ticket, error)
+            return
+        ticket.pin(served)
+        is_open = served.model.is_open(served.precision(order.params.precision))
+        self._do(
+            partial(Job, order, served, self._settings),
+            partial(self._weigh, ticket, order),
+            is_quick=is_open and sum(map(len, order.prompts)) <= QUICK,
+        )
+
+    def _weigh(self, ticket: Ticket, order: Submit, job: Job | Exception) -> None:
+        """The prompts are read: look whether there is room and budget."""
+        if isinstance(job, Exception) or ticket.is_cancelled:
+            self._give_up(ticket, job)
+            return
+        if order.is_repeated:  # it was admitted and charged before the engine was restarted
+            self._accept(ticket, job, None)
+            return
+        lane = self.lanes.get(job.engine)
+        room = job.engine.capacity if lane is None else lane.room
+        if room <= self._charging and self.waiting >= self._settings.queue:
+            self.refuse(ticket, self._full())
+            return
+        self._charging += 1
+        self._quota.charge(order.owner, job.cost, partial(self._charged, ticket, job))
+
+    def _charged(self, ticket: Ticket, job: Job, refusal: RequestError | None) -> None:
+        self._charging -= 1
+        self._accept(ticket, job, refusal)
+
+    def _accept(self, ticket: Ticket, job: Job, refusal: RequestError | None) -> None:
+        """The budget is known: let the job wait for its row."""
+        if isinstance(refusal, Exception) or ticket.is_cancelled:
+            self._give_up(ticket, refusal)
+            return
+        now = self._clock()
+        ticket.worker.send(job.admit(now))
+        ticket.job = self.jobs[ticket] = job
+        lane = self.lanes.get(job.engine)
+        if lane is None:
+            lane = self.lanes[job.engine] = Lane(job.engine)
+        lane.push(job)
+        lane.feed(now)
+
+    def _full(self) -> RequestError:
+        return unavailable(
+            f"{self._settings.queue} requests are waiting, which is all that may; try again later.",
+            code="queue_full",
+        )
+
+    # Questions
+
+    def ask(self, worker: Worker, question: Question) -> None:
+        """Begin to answer; raises `FrameError` where its number is taken.
+
+        How the process is doing it tells itself.
+        """
+        ticket, ask = worker.open(question.id, is_question=True), question.ask
+        assert not isinstance(ask, AskStatus | AskMetrics), "no model is asked about these"
+        if isinstance(ask, Describe):
+            self._do(partial(describe, self._shelf, ask), partial(self._tell, ticket))
+        else:
+            self._shelf.get(ask.model, partial(self._inquire, ticket, ask))
+
+    def _inquire(self, ticket: Ticket, ask: Inquiry, served: Served | RequestError) -> None:
+        """The model is known: answer what takes no steps, and encode what does."""
+        if isinstance(served, Exception) or ticket.is_cancelled:
+            self._give_up(ticket, served)
+            return
+        ticket.pin(served)
+        is_short = _size(ask) <= QUICK
+        if isinstance(ask, Tokenise):
+            tokenising = partial(tokenise, served, ask)
+            self._do(tokenising, partial(self._tell, ticket), is_quick=is_short)
+        elif isinstance(ask, Detokenise):
+            joining = partial(detokenise, served, ask)
+            self._do(joining, partial(self._tell, ticket), is_quick=is_short)
+        else:
+            is_open = served.model.is_open(served.precision(ask.precision))
+            self._do(
+                partial(_encode, served, ask, self._clock()),
+                partial(self._charge, ticket, ask),
+                is_quick=is_short and is_open,
+            )
+
+    def _charge(
+        self, ticket: Ticket, ask: ScoreTexts | Embed, work: ScoreWork | EmbedWork | Exception
+    ) -> None:
+        """The texts are encoded: look whether there is room and budget."""
+        if isinstance(work, Exception) or ticket.is_cancelled:
+            self._give_up(ticket, work)
+            return
+        if work.cost > self._settings.work:
+            problem = (
+                f"The texts have {work.cost} tokens, and a request may be about "
+                f"{self._settings.work}; send fewer or shorter texts."
+            )
+            self.refuse(ticket, invalid(problem, code="too_much_work"))
+        elif len(self.works) >= self._settings.queue + self._settings.rows:
+            self.refuse(ticket, self._full())
+        else:
+            self._quota.charge(ask.owner, work.cost, partial(self._study, ticket, work))
+
+    def _study(
+        self, ticket: Ticket, work: ScoreWork | EmbedWork, refusal: RequestError | None
+    ) -> None:
+        """The budget is known: the engine may read, as soon as the work is looked at."""
+        if isinstance(refusal, Exception) or ticket.is_cancelled:
+            self._give_up(ticket, refusal)
+            return
+        ticket.work = self.works[ticket] = work
+
+    def settle(self, ticket: Ticket, work: ScoreWork | EmbedWork) -> None:
+        """Answer a question whose texts have been read."""
+        del self.works[ticket]
+        self._do(work.answer, partial(self._tell, ticket), is_quick=work.cost <= QUICK_ANSWER)
+
+    def _tell(self, ticket: Ticket, body: Body | Exception) -> None:
+        """Answer a question."""
+        if isinstance(body, Exception) or ticket.is_cancelled:
+            self._give_up(ticket, body)
+            return
+        try:
+            ticket.worker.send(Answer(id=ticket.id, body=body))
+        except FrameError as error:
+            problem = f"The answer is too long: {error} Ask for less at a time."
+            self.refuse(ticket, invalid(problem, code="too_much_work"))
+        else:
+            self.close(ticket)
+
+    # The end
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Do no more for a request than its end takes."""
+        ticket.is_cancelled = True
+        if ticket.job is not None:
+            ticket.job.cancel()
+            lane = self.lanes.get(ticket.job.engine)
+            if lane is not None:
+                lane.remove(ticket.job)
+        if ticket.work is not None:
+            ticket.work.cancel()
+
+    def refuse(self, ticket: Ticket, error: Exception) -> None:
+        """Say why something is not done."""
+        problem = explain(error).problem
+        self._metrics.refuse(problem, is_request=not ticket.is_question)
+        ticket.worker.send(Refused(id=ticket.id, problem=problem))
+        self.close(ticket)
+
+    def close(self, ticket: Ticket) -> None:
+        """Forget it."""
+        if ticket.served is not None:
+            ticket.served.unpin()
+        self.jobs.pop(ticket, None)
+        self.works.pop(ticket, None)
+        del ticket.worker.tickets[ticket.id]
+
+    # Steps on the way
+
+    def _give_up(self, ticket: Ticket, result: object) -> None:
+        """End what has failed at a step, or is not wanted any more."""
+        if not isinstance(result, Exception):
+            result = unavailable("The request was cancelled before it began.", code="cancelled")
+        self.refuse(ticket, result)
+
+    def _do(
+        self,
+        work: Callable[[], Result],
+        then: Callable[[Result | Exception], None],
+        *,
+        is_quick: bool = True,
+    ) -> None:
+        """Do something here or in the background, and go on with what it gives or raises."""
+        if not is_quick:
+            self._background.run(work, then)
+            return
+        result: Result | Exception
+        try:
+            result = work()
+        except Exception as error:  # a defect in one request's way is that request's failure
+            result = error
+        then(result)
+
+
+def _size(ask: Inquiry) -> int:
+    """About how much there is to encode."""
+    if isinstance(ask, Detokenise):
+        return len(ask.tokens)
+    return sum(map(len, ask.inputs if isinstance(ask, Embed) else ask.texts))
+
+
+def _encode(served: Served, ask: ScoreTexts | Embed, now: float) -> ScoreWork | EmbedWork:
+    """Encode texts that an engine is to read, and open it; raises `RequestError`."""
+    texts: Sequence[object] = ask.inputs if isinstance(ask, Embed) else ask.texts
+    if len(texts) > PROMPTS_LIMIT:
+        raise invalid(
+            f"The request holds {len(texts)} texts; send at most {PROMPTS_LIMIT} at a time.",
+            code="too_much_work",
+        )
+    served.model.engine(served.precision(ask.precision))
+    return EmbedWork(served, ask, now) if isinstance(ask, Embed) else ScoreWork(served, ask, now)

@@ -1,0 +1,350 @@
+"""The models in memory: loaded when first asked for, replaced with their folder, unloaded at last.
+
+When a model's folder holds another version, that is loaded for those who ask from then on, while
+texts under way go on with the old one, which is *retired* and goes with its last user. What does
+not verify is never served.
+
+Models stay as long as they fit the bytes they may take together. Then those go that nobody uses,
+the one used least recently first. What does not fit beside models in use is refused for the moment,
+and what fits at no time is loaded where there is no other.
+
+All calls come from one thread. Loading takes tenths of a second and happens in another, one model
+at a time; its results come back with `poll`.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from charloom import checkpoint
+from charloom.checkpoint import ModelEntry, Stamp
+from charloom.decoding.decoder import choose_kernel
+from charloom.errors import CharloomError
+from charloom.model import Model, available_threads
+from charloom.params import Precision
+from service.engine.background import Background
+from service.engine.catalogue import Catalogue, describe
+from service.engine.footprint import estimate
+from service.errors import RequestError, failed, unavailable, unknown_model
+from service.messages import ModelCard
+from service.settings import Settings
+
+SCAN_INTERVAL = 1.0
+"""Seconds between two looks at the folder."""
+
+_log = logging.getLogger("charloom.engine")
+
+
+class Served:
+    """One version of a model, in memory; whoever uses it beyond a single call pins it meanwhile."""
+
+    def __init__(
+        self, card: ModelCard, model: Model, settings: Settings, *, clock: Callable[[], float]
+    ) -> None:
+        self.card = card
+        self.model = model
+        self.retired = False
+        """Whether nobody gets it any more: its folder holds another version or none, or it has been
+        unloaded.
+        """
+        self.users = 0
+        """How many have pinned it."""
+        self.used_at = clock()
+        self._settings = settings
+        self._clock = clock
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.card.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies weights and tokenizer."""
+        return self.model.fingerprint
+
+    @property
+    def bytes(self) -> int:
+        """The memory that it takes, by estimate, with the engines that are open."""
+        return estimate(
+            self.model.checkpoint.architecture,
+            self.model.kernels,
+            rows=self._settings.rows,
+            cache=self._settings.cache_memory,
+        )
+
+    def precision(self, asked: Precision) -> Precision:
+        """The precision of a request: the service's own where it asks for none."""
+        return self._settings.precision if asked == "auto" else asked
+
+    def pin(self) -> None:
+        """Keep it in memory until `unpin`."""
+        self.users += 1
+        self.used_at = self._clock()
+
+    def unpin(self) -> None:
+        """Let it go, as far as this user is concerned."""
+        assert self.users > 0, "nobody unpins what is not pinned"
+        self.users -= 1
+        self.used_at = self._clock()
+
+
+Then = Callable[[Served | RequestError], None]
+"""Who is told of a model that was asked for."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Load:
+    """A model on its way into memory."""
+
+    name: str
+    stamp: Stamp
+    """Of all its files, before they were read."""
+    bytes: int
+    """The memory that it will take."""
+    waiting: list[Then]
+
+
+class Shelf:
+    """The models of `settings.models`; `wake` is called, in any thread, when `poll` has to be."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+        open_model: Callable[[Path, Settings], Model] | None = None,
+    ) -> None:
+        """Look at the folder, and begin to load what is to be there from the start."""
+        self._settings = settings
+        self._clock = clock
+        self._open_model = _open_model if open_model is None else open_model
+        self._background = Background(wake, threads=1)
+        self._catalogue = Catalogue(settings.models)
+        self._loaded: dict[str, Served] = {}
+        self._retired: list[Served] = []
+        self._loading: dict[str, _Load] = {}
+        self._catalogue.scan()
+        self._next_scan = clock() + SCAN_INTERVAL
+        self._preload()
+
+    @property
+    def broken(self) -> Mapping[str, str]:
+        """Why folders of these names are not served."""
+        return self._catalogue.broken
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a model is on its way into memory."""
+        return bool(self._loading)
+
+    def poll(self) -> None:
+        """Hand out what has been loaded, look at the folder when it is time, tidy up."""
+        self._background.deliver()
+        now = self._clock()
+        if now >= self._next_scan:
+            self._next_scan = now + SCAN_INTERVAL
+            self._catalogue.scan()
+            self._follow()
+            self._make_room(0)  # engines that were opened meanwhile take memory too
+        self._retired = [served for served in self._retired if served.users]
+
+    def get(self, name: str, then: Then) -> None:
+        """Call `then` with the model or with why there is none: at once where that is known, else
+        in a later `poll`. Who goes on using the model pins it within that call.
+        """
+        served = self._loaded.get(name)
+        if served is not None:
+            served.used_at = self._clock()
+            then(served)
+            return
+        entry = self._catalogue.find(name)
+        if entry is not None and name in self._loading:
+            self._loading[name].waiting.append(then)
+        elif entry is None or not self._load(name, entry, then):
+            then(self._refusal(name))
+
+    def cards(self) -> list[ModelCard]:
+        """All models that can be served, by name."""
+        return [
+            describe(name, entry, is_loaded=name in self._loaded)
+            for name, entry in sorted(self._catalogue.entries.items())
+        ]
+
+    def card(self, name: str) -> ModelCard | None:
+        """One of them; None where there is none of that name."""
+        entry = self._catalogue.find(name)
+        return None if entry is None else describe(name, entry, is_loaded=name in self._loaded)
+
+    def in_memory(self) -> tuple[Served, ...]:
+        """All that is loaded, retired versions with users included."""
+        return (*self._loaded.values(), *self._retired)
+
+    def close(self) -> None:
+        """Cancel all texts, refuse whoever waits for a model, and let all models go."""
+        self._background.close()
+        for load in self._loading.values():
+            for then in load.waiting:
+                then(unavailable("The service is shutting down.", code="shutting_down"))
+        for served in self.in_memory():
+            for engine in served.model.engines:
+                engine.close()
+        self._loading.clear()
+        self._loaded.clear()
+        self._retired.clear()
+
+    def _preload(self) -> None:
+        """Load what the settings name, and a model that is the only one."""
+        names = list(self._settings.preload)
+        if len(self._catalogue.entries) == 1:
+            names += self._catalogue.entries
+
+        def remark(name: str, found: Served | RequestError) -> None:
+            if isinstance(found, RequestError):
+                _log.warning("The model %r is not loaded at the start: %s", name, found)
+
+        for name in dict.fromkeys(names):
+            self.get(name, partial(remark, name))
+
+    def _follow(self) -> None:
+        """Retire what the folder no longer holds, and load the version that it holds instead."""
+        for name, served in list(self._loaded.items()):
+            entry = self._catalogue.entries.get(name)
+            if entry is not None and entry.fingerprint == served.fingerprint:
+                served.card = describe(name, entry, is_loaded=True)
+                continue
+            del self._loaded[name]
+            served.retired = True
+            if served.users:
+                self._retired.append(served)
+            _log.info("The model %r of fingerprint %s is retired.", name, served.fingerprint)
+            if entry is not None:
+                self._load(name, entry)  # where there is no memory, whoever asks next tries again
+
+    def _load(self, name: str, entry: ModelEntry, *waiting: Then) -> bool:
+        """Begin to load a model; False where there is no memory for it now."""
+        assert entry.architecture is not None, "of a model without a problem all facts are known"
+        need = estimate(
+            entry.architecture,
+            [choose_kernel(self._settings.precision)],
+            rows=self._settings.rows,
+            cache=self._settings.cache_memory,
+        )
+        if not self._make_room(need):
+            return False
+        if need > self._settings.model_memory:
+            _log.warning(
+                "The model %r takes about %d bytes, which CHARLOOM_MODEL_MEMORY does not allow; "
+                "it is loaded because there is no other.",
+                name,
+                need,
+            )
+        path = self._catalogue.path(name)
+        stamp = checkpoint.stamp(path, whole=True)
+        load = _Load(name=name, stamp=stamp, bytes=need, waiting=list(waiting))
+        self._loading[name] = load
+        self._background.run(
+            partial(self._open_model, path, self._settings), partial(self._finish, load)
+        )
+        return True
+
+    def _finish(self, load: _Load, result: Model | Exception) -> None:
+        """Take over what a load came to, and tell those who wait for it."""
+        name = load.name
+        del self._loading[name]
+        found: Served | None = None
+        if isinstance(result, Model):
+            found = self._receive(name, result)
+        elif checkpoint.stamp(self._catalogue.path(name), whole=True) == load.stamp:
+            self._reject(load, result)
+        else:  # what could not be read is no longer there
+            entry = self._catalogue.renew(name)
+            if entry is not None and self._load(name, entry, *load.waiting):
+                return
+        for then in load.waiting:
+            then(self._refusal(name) if found is None else found)
+
+    def _reject(self, load: _Load, error: Exception) -> None:
+        """Serve no more what could not be loaded."""
+        reason = str(error)
+        if not isinstance(error, CharloomError):
+            _log.error("Loading the model %r has failed.", load.name, exc_info=error)
+            reason = f"it cannot be loaded ({type(error).__name__})"
+        self._catalogue.reject(load.name, reason, load.stamp)
+
+    def _receive(self, name: str, model: Model) -> Served | None:
+        """Put a model on the shelf; None where its folder has been removed or damaged meanwhile."""
+        entry = self._catalogue.entries.get(name)
+        if entry is not None and entry.fingerprint != model.fingerprint:
+            # Committed again since the last scan. Should it happen once more, the next one sees it.
+            entry = self._catalogue.renew(name)
+        if entry is None:
+            return None
+        card = describe(name, entry, is_loaded=True)
+        self._loaded[name] = served = Served(card, model, self._settings, clock=self._clock)
+        _log.info("The model %r of fingerprint %s is loaded.", name, model.fingerprint)
+        return served
+
+    def _refusal(self, name: str) -> RequestError:
+        """Why somebody gets no model."""
+        if name in self._catalogue.entries:
+            return unavailable(
+                f"There is no memory for the model {name!r} beside those in use; ask again when "
+                "they are done.",
+                code="model_memory",
+            )
+        if name in self._catalogue.broken:
+            return failed(
+                f"The model {name!r} is damaged and not served until it is restored; the "
+                "service's log says what is wrong.",
+                code="model_damaged",
+            )
+        return unknown_model(name)
+
+    def _make_room(self, need: int) -> bool:
+        """Unload what nobody uses until so many bytes are free; whether they are, or nothing else
+        is in memory. Without a need the last model stays.
+        """
+        while self._bytes + need > self._settings.model_memory:
+            idle = [served for served in self._loaded.values() if not served.users]
+            if not idle or (need == 0 and len(self.in_memory()) == 1):
+                break
+            oldest = min(idle, key=lambda served: served.used_at)
+            del self._loaded[oldest.name]
+            oldest.retired = True
+            _log.info("The model %r is unloaded.", oldest.name)
+        is_alone = not (self._loaded or self._retired or self._loading)
+        return is_alone or self._bytes + need <= self._settings.model_memory
+
+    @property
+    def _bytes(self) -> int:
+        """The memory that all models take, those on their way included."""
+        return sum(served.bytes for served in self.in_memory()) + sum(
+            load.bytes for load in self._loading.values()
+        )
+
+
+def _open_model(path: Path, settings: Settings) -> Model:
+    """Load and verify a model, to be stepped by hand, and open the engine of the service's
+    precision.
+
+    Its queue has no limit of its own, as requests are counted before they come to it. Raises as
+    `charloom.checkpoint.load` and `Model.engine` do.
+    """
+    spare = max(available_threads() - 1, 1)
+    model = Model(
+        checkpoint.load(path),
+        threads=spare if settings.threads is None else settings.threads,
+        own_thread=False,
+        spinning=False,
+        capacity=settings.rows,
+        waiting=sys.maxsize,
+        cache=settings.cache_memory,
+    )
+    model.engine(settings.precision)
+    return model

@@ -1,0 +1,83 @@
+"""One HTTP worker as the engine process sees it, and what it has asked for."""
+
+from dataclasses import dataclass, field
+
+from service.engine.connection import Connection
+from service.engine.inquiry import EmbedWork, ScoreWork
+from service.engine.job import TOLD_AT_ONCE, Job
+from service.engine.shelf import Served
+from service.frames import FrameError
+from service.messages import Delta, Deltas, FromEngine
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Ticket:
+    """One request or question of a worker, from its message to its end."""
+
+    worker: "Worker"
+    id: int
+    is_question: bool
+    served: Served | None = None
+    """The model, pinned."""
+    job: Job | None = None
+    work: ScoreWork | EmbedWork | None = None
+    is_cancelled: bool = False
+
+    def pin(self, served: Served) -> None:
+        """Keep a model in memory until the ticket is closed."""
+        served.pin()
+        self.served = served
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Worker:
+    """A peer, its connection and its open requests by their number."""
+
+    connection: Connection
+    tickets: dict[int, Ticket] = field(default_factory=dict)
+    is_greeted: bool = False
+    is_watched: bool = False
+    """Whether it is waited for its socket to take more."""
+    pid: int = 0
+    _turn: int = 0
+
+    def open(self, number: int, *, is_question: bool) -> Ticket:
+        """A ticket for something new; raises `FrameError` where its number is taken."""
+        if number in self.tickets:
+            raise FrameError(f"The number {number} was given to two requests at a time.")
+        ticket = self.tickets[number] = Ticket(worker=self, id=number, is_question=is_question)
+        return ticket
+
+    def send(self, message: FromEngine) -> None:
+        """Tell it something, if it is still there."""
+        if self.connection.is_open:
+            self.connection.send(message)
+
+    def tell(self, now: float, pace: float) -> None:
+        """Send what has become due of its texts, as far as there is room.
+
+        Its requests take turns in being the first, so that a long answer does not hold up streams.
+        """
+        jobs = [
+            ticket.job
+            for ticket in self.tickets.values()
+            if ticket.job is not None and ticket.job.has_news
+        ]
+        if not jobs:
+            return
+        self._turn += 1
+        first = self._turn % len(jobs)
+        jobs = jobs[first:] + jobs[:first]
+        while self.connection.has_room:
+            parts: list[Delta] = []
+            weight = 0
+            for job in jobs:
+                told, heavy = job.tell(now, pace)
+                parts += told
+                weight += heavy
+                if weight > TOLD_AT_ONCE:
+                    break
+            if not parts:
+                return
+            self.connection.send(Deltas(parts=parts))
+            jobs = [job for job in jobs if job.has_news]
