@@ -1,0 +1,1 @@
+"""The HTTP side of the service: requests in, answers out, and no model in between."""

@@ -1,0 +1,152 @@
+"""A client's connection, as gunicorn's threads and event loop see it.
+
+gunicorn gives a thread to whoever connects and lets it wait for ever: for the end of the request's
+head, for its body, for the client to take the answer. A few hundred idle clients then hold every
+thread. Here the event loop gathers the head, which costs no thread, a thread waits for the body
+until a deadline and for the client to take something only so long; and no close waits at all.
+"""
+
+import errno
+import math
+import socket
+import struct
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from gunicorn import util
+from gunicorn.workers.gthread import TConn
+
+from service.web import client
+
+HEAD_LIMIT = 32 << 10
+"""Bytes of a request's head, as large as nginx lets it become by default."""
+
+UNSENT = 32 << 10
+"""Bytes that the system takes ahead of what the network carries, so that a send soon waits for a
+client that has stopped reading, whatever the size of the system's buffers.
+"""
+
+_END = b"\r\n\r\n"
+
+
+class Head(Enum):
+    """What is there of a request's head."""
+
+    PARTIAL = "partial"
+    COMPLETE = "complete"
+    TOO_LONG = "too long"
+    LOST = "lost"
+
+
+class ClientSocket(client.Connection):
+    """A socket that gathers a request's head without waiting, and sends with patience.
+
+    `recv` gives what was gathered first. `sendall` raises BrokenPipeError, which gunicorn and the
+    application take for a client that left, where for `patience` seconds nothing could be sent; it
+    then resets the connection, so that the system forgets what it still holds.
+    """
+
+    __slots__ = ("_gathered", "_patience")
+
+    def __init__(self, accepted: socket.socket, patience: float) -> None:
+        """Take over the connection of a socket, which is closed by that."""
+        super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self._gathered = bytearray()
+        self._patience = patience
+        # The kernel counts, so that a write costs no system call beside itself.
+        timeval = struct.pack("@ll", *divmod(math.ceil(patience * 1e6), 10**6))
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        if self.family != socket.AF_UNIX:
+            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # events leave at once
+            for name, value in (
+                ("TCP_NOTSENT_LOWAT", UNSENT),
+                # For a client whose machine is gone: nothing it was sent is acknowledged.
+                ("TCP_USER_TIMEOUT", math.ceil(patience * 1000)),
+            ):
+                if hasattr(socket, name):
+                    self.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something of a request has been gathered."""
+        return len(self._gathered) > 0
+
+    def gather(self) -> Head:
+        """Take what has arrived of a request's head, and not a byte of what follows it.
+
+        The socket must not be blocking.
+        """
+        try:
+            data = socket.socket.recv(self, HEAD_LIMIT, socket.MSG_PEEK)
+        except BlockingIOError:
+            return Head.PARTIAL
+        except OSError:
+            return Head.LOST
+        if not data:
+            return Head.LOST
+        begun = len(self._gathered)
+        self._gathered += data
+        end = self._gathered.find(_END, max(0, begun - len(_END) + 1))
+        if end >= 0:
+            del self._gathered[end + len(_END) :]
+        socket.socket.recv(self, len(self._gathered) - begun)
+        if end >= 0:
+            return Head.COMPLETE
+        return Head.PARTIAL if len(self._gathered) < HEAD_LIMIT else Head.TOO_LONG
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        """As `socket.recv`; raises TimeoutError past the deadline."""
+        if self._gathered and not flags:
+            data = bytes(self._gathered[:size])
+            del self._gathered[:size]
+            return data
+        return super().recv(size, flags)
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        """As `socket.sendall`; each part of the data that the client takes renews its time."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self.send(rest, flags) :]
+        except (BlockingIOError, TimeoutError):
+            # SO_SNDTIMEO, or a timeout that the application has set.
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.shutdown(socket.SHUT_RDWR)
+            raise BrokenPipeError(
+                errno.EPIPE, f"the client took nothing for {self._patience:g} seconds"
+            ) from None
+
+
+class Connection(TConn):  # type: ignore[misc] # gunicorn carries no types
+    """One client's connection; `linger` closes it once the client has, without making it wait."""
+
+    sock: ClientSocket
+    timeout: float
+    """When the event loop ends its wait for this client, by `time.monotonic`."""
+
+    def __init__(
+        self,
+        cfg: Any,
+        sock: ClientSocket,
+        peer: Any,
+        server: Any,
+        linger: Callable[["Connection"], None],
+    ) -> None:
+        super().__init__(cfg, sock, peer, server)
+        self._linger = linger
+        self.data_ready = True  # a thread that gets it never has to wait for its first byte
+
+    def expect_within(self, seconds: float) -> None:
+        """Let the request that begins now arrive in this time, head and body."""
+        self.timeout = time.monotonic() + seconds
+        self.sock.receive_whenever()
+        self.sock.receive_within(seconds)
+
+    def close(self, graceful: bool = False) -> None:
+        """Close at once, or when the client has: gunicorn's own way holds up the event loop."""
+        if graceful:
+            self._linger(self)
+        else:
+            util.close(self.sock)

@@ -1,0 +1,106 @@
+"""The client at the other end of a connection: whether it is there, and whether it is too slow.
+
+WSGI tells neither. gunicorn puts the connection's socket into the environment, and looking at it
+costs two system calls. Where there is no socket, as in tests, a client never leaves and is never
+slow; a write to it still fails when it is gone.
+
+A limit on single reads bounds no request: a byte every few seconds keeps a thread for hours. So a
+server should make its sockets of `Connection`, whose reads share one deadline.
+"""
+
+import math
+import select
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from flask import request
+
+
+class Connection(socket.socket):
+    """A socket that receives until a deadline."""
+
+    __slots__ = ("_deadline",)
+
+    def __init__(
+        self, family: int = -1, kind: int = -1, proto: int = -1, fileno: int | None = None
+    ) -> None:
+        super().__init__(family, kind, proto, fileno)
+        self._deadline = math.inf
+
+    @classmethod
+    def adopt(cls, accepted: socket.socket) -> Self:
+        """Take over the connection of another socket, which is closed by that."""
+        return cls(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
+
+    def receive_within(self, seconds: float) -> None:
+        """Let all that is received from now on arrive in this time; a nearer deadline stays."""
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def receive_whenever(self) -> None:
+        """Lift the deadline: a request has arrived."""
+        self._deadline = math.inf
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        """As `socket.recv`; raises TimeoutError past the deadline."""
+        if self._deadline == math.inf:
+            return super().recv(size, flags)
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        before = self.gettimeout()
+        self.settimeout(left)
+        try:
+            return super().recv(size, flags)
+        finally:
+            self.settimeout(before)
+
+
+class Client:
+    """Who sent the current request, as far as its connection shows."""
+
+    def __init__(self, connection: socket.socket | None) -> None:
+        self._connection = connection
+
+    @classmethod
+    def current(cls) -> Self:
+        """The client of the request that this thread answers."""
+        return cls(request.environ.get("gunicorn.socket"))
+
+    def is_gone(self) -> bool:
+        """Whether it has closed the connection, or its half; what it sent ahead stays unread."""
+        if self._connection is None:
+            return False
+        try:
+            poll = select.poll()  # select.select would refuse high file descriptors
+            poll.register(self._connection, select.POLLIN)
+            if not poll.poll(0):
+                return False
+            # The class's own method, because that of TLS sockets takes no flags.
+            return socket.socket.recv(self._connection, 1, socket.MSG_PEEK) == b""
+        except (OSError, ValueError):  # reset, or closed at this end
+            return True
+
+    @contextmanager
+    def receiving(self, seconds: float) -> Iterator[None]:
+        """Let the rest of the request arrive in this time; reads past it raise TimeoutError.
+
+        A socket that is no `Connection` gives this time to each single read.
+        """
+        if isinstance(self._connection, Connection):
+            self._connection.receive_within(seconds)
+            try:
+                yield
+            finally:
+                self._connection.receive_whenever()
+        elif self._connection is not None:
+            before = self._connection.gettimeout()
+            self._connection.settimeout(seconds)
+            try:
+                yield
+            finally:
+                self._connection.settimeout(before)
+        else:
+            yield

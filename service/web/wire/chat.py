@@ -1,0 +1,381 @@
+"""The bodies of `POST /v1/chat/completions`, for clients that know nothing else.
+
+A character model knows no turns: a template joins the messages into one prompt, which the model
+continues. What a chat model does beyond writing is refused by name.
+"""
+
+from collections.abc import Sequence
+from string import Formatter
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, Field, Json
+
+from service.errors import failed, invalid
+from service.messages import Accepted, Delta, Ended, Judged, Submit
+from service.settings import Settings
+from service.web.wire import Answer, Request, example, unsupported
+from service.web.wire.errors import ErrorBody
+from service.web.wire.writing import CompletionUsage, Reply, Whole, WritingRequest, Written
+
+LINES = "{content}\n"
+"""The template where neither a setting nor the model has one: a line for each message."""
+
+MESSAGE_LIMIT = 2048
+"""Most messages of one request."""
+
+UNLIKELY = -9999.0
+"""OpenAI's number for a token without a score, since null has no place there."""
+
+_TOOLS = "the model calls no tools."
+_TEXT = "the model reads and writes plain text."
+_REASONING = "the model writes without reasoning first."
+
+
+class TextPart(Request):
+    """A part of a message."""
+
+    type: Literal["text"] = Field(description="No other kind is read.")
+    text: str
+
+
+class Message(Request):
+    """What somebody said."""
+
+    role: Literal["developer", "system", "user", "assistant"] = Field(
+        description="Who; a template may name it."
+    )
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
+        description="A text, or parts that are joined as they are."
+    )
+    name: None = unsupported("templates know roles only.")
+    refusal: None = unsupported("the model refuses nothing.")
+    tool_calls: None = unsupported(_TOOLS)
+    function_call: None = unsupported(_TOOLS)
+    audio: None = unsupported(_TEXT)
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ResponseFormat(Request):
+    """The form of the answer."""
+
+    type: Literal["text"] = Field(description="No other form is written.")
+
+
+class ChatRequest(WritingRequest):
+    """The messages to continue."""
+
+    model_config = example({"model": "demo", "messages": [{"role": "user", "content": "To be"}]})
+
+    messages: Annotated[
+        list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGE_LIMIT)
+    ] = Field(description="What was said so far; a template makes one prompt of it.")
+    max_completion_tokens: Whole | None = Field(
+        default=None,
+        description="The same as max_tokens, by its newer name.",
+        json_schema_extra={"minimum": 0},
+    )
+    logprobs: bool | None = Field(
+        default=None, description="Give each token's log-probability by the model."
+    )
+    top_logprobs: Whole | None = Field(
+        default=None,
+        description="Give those of this many most likely tokens too, as far as the service's "
+        "settings allow; only with logprobs.",
+        json_schema_extra={"minimum": 0},
+    )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="The form of the answer: text."
+    )
+    prompt_cache_key: str | None = Field(
+        default=None, description="Taken for the sake of clients; nothing is done with it."
+    )
+    safety_identifier: str | None = Field(
+        default=None, description="Taken for the sake of clients; nothing is done with it."
+    )
+    audio: None = unsupported(_TEXT)
+    function_call: None = unsupported(_TOOLS)
+    functions: None = unsupported(_TOOLS)
+    metadata: None = unsupported("nothing is stored.")
+    modalities: None = unsupported(_TEXT)
+    parallel_tool_calls: None = unsupported(_TOOLS)
+    prediction: None = unsupported("a text is written from its beginning.")
+    reasoning_effort: None = unsupported(_REASONING)
+    service_tier: None = unsupported("all requests are served alike.")
+    store: None = unsupported("nothing is stored.")
+    tool_choice: None = unsupported(_TOOLS)
+    tools: None = unsupported(_TOOLS)
+    verbosity: None = unsupported(_REASONING)
+    web_search_options: None = unsupported(_TOOLS)
+
+    def to_submit(self, settings: Settings, owner: str, template: str | None) -> Submit:
+        """The texts to write, as the engine is told; `template` is the model's own.
+
+        Raises `RequestError`, also for a template that cannot be used.
+        """
+        names, options, problems = {}, {}, []
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                problems.append(
+                    (
+                        "max_completion_tokens",
+                        f"max_completion_tokens is {self.max_completion_tokens}, and max_tokens "
+                        f"{self.max_tokens}; they mean the same, so give one.",
+                    )
+                )
+            options["max_tokens"] = self.max_completion_tokens
+            names["max_tokens"] = "max_completion_tokens"
+        if self.logprobs is True:
+            options["logprobs"] = 0 if self.top_logprobs is None else self.top_logprobs
+            names["logprobs"] = "top_logprobs"
+        elif self.top_logprobs is not None:
+            problems.append(
+                (
+                    "top_logprobs",
+                    f"top_logprobs is {self.top_logprobs}, and logprobs is not true; set it, or "
+                    "leave both out.",
+                )
+            )
+        if self.top_logprobs is not None and self.top_logprobs > settings.logprobs:
+            problems.append(
+                (
+                    "top_logprobs",
+                    f"top_logprobs is {self.top_logprobs}; this service gives at most "
+                    f"{settings.logprobs} alternatives.",
+                )
+            )
+        if settings.chat_template is not None:
+            template = settings.chat_template
+        prompt = join(self.messages, LINES if template is None else template, settings.body_limit)
+        return self.order(
+            [prompt], settings, owner, options=options, names=names, problems=problems
+        )
+
+
+def join(messages: Sequence[Message], template: str, limit: int) -> str:
+    """The prompt that a template makes of messages, of at most `limit` characters.
+
+    The template is a model's, hence possibly a stranger's, and so it is no more than text around
+    {role} and {content}: `str.format` would also look into the values, and fill up with blanks.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise _unusable(template) from error
+    for _, field, form, conversion in parts:
+        if field is not None and (field not in ("role", "content") or form or conversion):
+            raise _unusable(template)
+    values = [{"role": message.role, "content": message.text} for message in messages]
+    length = sum(
+        len(literal) + (0 if field is None else len(value[field]))
+        for value in values
+        for literal, field, _, _ in parts
+    )
+    if length > limit:
+        raise invalid(
+            f"messages come to a prompt of {length} characters; give at most {limit}.", "messages"
+        )
+    return "".join(
+        literal if field is None else literal + value[field]
+        for value in values
+        for literal, field, _, _ in parts
+    )
+
+
+def _unusable(template: str) -> Exception:
+    return failed(
+        f"The chat template of this model is {template[:100]!r}; it may hold text, {{role}} and "
+        "{content} alone.",
+        code="bad_chat_template",
+    )
+
+
+# Answers
+
+
+class ChatTopLogprob(Answer):
+    """A token that might have stood there."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatTopLogprob):
+    """A token of the text."""
+
+    top_logprobs: list[ChatTopLogprob] = Field(description="The likeliest first.")
+
+
+class ChatLogprobs(Answer):
+    """How likely the tokens of a text were, by the model; natural logarithms."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(Answer):
+    """The text that was written."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatDelta(Answer):
+    """What is new of a text."""
+
+    content: str
+
+
+class ChatOpening(ChatDelta):
+    """The same, at the text's beginning."""
+
+    role: Literal["assistant"] = "assistant"
+
+
+class _Ending(Answer):
+    """What all choices tell."""
+
+    index: int
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None = Field(
+        description="stop at a stop string or the end of a document, length at max_tokens or the "
+        "deadline; null while the text goes on."
+    )
+    stop_reason: str | None = Field(
+        description='The stop string that was met, or "deadline"; otherwise null.'
+    )
+
+
+class ChatChoice(_Ending):
+    """One text."""
+
+    message: ChatMessage
+
+
+class ChatChunkChoice(_Ending):
+    """What is new of a text."""
+
+    delta: ChatOpening | ChatDelta
+
+
+class ChatCompletion(Written):
+    """The texts that were written."""
+
+    model_config = example(
+        {
+            "id": "chatcmpl-0f1e2d3c4b5a69788796a5b4",
+            "created": 1795186800,
+            "model": "demo",
+            "system_fingerprint": "fp_9f86d081884c7d65_int8",
+            "seed": 7,
+            "object": "chat.completion",
+            "choices": [
+                {
+                    "index": 0,
+                    "logprobs": None,
+                    "finish_reason": "length",
+                    "stop_reason": None,
+                    "message": {
+                        "role": "assistant",
+                        "content": "Or not to be",
+                        "refusal": None,
+                    },
+                }
+            ],
+            "usage": {
+                "prompt_tokens": 6,
+                "completion_tokens": 12,
+                "total_tokens": 18,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            },
+        }
+    )
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+
+
+class ChatChunk(Written):
+    """What a stream's event holds."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+
+
+class ChatUsageChunk(ChatChunk):
+    """The same where usage was asked for: null until the last chunk, which has no choices."""
+
+    usage: CompletionUsage | None
+
+
+class ChatEvent(BaseModel):
+    """An event of the stream: what is new of a text, or what went wrong; the last is [DONE]."""
+
+    data: Json[ChatUsageChunk | ChatChunk | ErrorBody] | Literal["[DONE]"]
+
+
+class ChatReply(Reply):
+    """Answers a chat request."""
+
+    prefix: ClassVar[str] = "chatcmpl-"
+
+    def __init__(self, accepted: Accepted, *, wants_logprobs: bool, wants_usage: bool) -> None:
+        super().__init__(accepted, wants_logprobs=wants_logprobs, wants_usage=wants_usage)
+        self._opened: set[int] = set()
+        """Choices whose first chunk, which has the role, is under way."""
+
+    def whole(self, texts: Sequence[Delta], ended: Ended) -> ChatCompletion:
+        """All texts."""
+        choices = [
+            ChatChoice(message=ChatMessage(content=text.text), **self._ending(text))
+            for text in texts
+        ]
+        return ChatCompletion(**self._head, choices=choices, usage=self.usage(ended))
+
+    def frame(self, usage: CompletionUsage | None = None) -> ChatChunk:
+        """A chunk without choices."""
+        if self._wants_usage:
+            return ChatUsageChunk(**self._head, choices=[], usage=usage)
+        return ChatChunk(**self._head, choices=[])
+
+    def choice(self, delta: Delta) -> ChatChunkChoice:
+        """What is new of a text."""
+        form = ChatDelta if delta.index in self._opened else ChatOpening
+        self._opened.add(delta.index)
+        return ChatChunkChoice(delta=form(content=delta.text), **self._ending(delta))
+
+    def _ending(self, delta: Delta) -> dict[str, object]:
+        return {
+            "index": delta.index,
+            "logprobs": _judge(delta.judged) if self._wants_logprobs else None,
+            "finish_reason": delta.finish,
+            "stop_reason": delta.stop_reason,
+        }
+
+
+def _judge(judged: Judged | None) -> ChatLogprobs:
+    """The judgements; an empty list where there are none."""
+    if judged is None:
+        return ChatLogprobs(content=[])
+    return ChatLogprobs(
+        content=[
+            ChatTokenLogprob(
+                token=token,
+                logprob=UNLIKELY if logprob is None else logprob,
+                bytes=list(token.encode()),
+                top_logprobs=[
+                    ChatTopLogprob(token=other, logprob=value, bytes=list(other.encode()))
+                    for other, value in (() if row is None else row)
+                ],
+            )
+            for token, logprob, row in zip(judged.tokens, judged.logprobs, judged.top, strict=True)
+        ]
+    )

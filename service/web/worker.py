@@ -1,0 +1,362 @@
+"""The HTTP worker: gunicorn's threads, with bounds on how long a client may keep one.
+
+What differs from `gthread`, and why:
+
+- a connection costs no thread until the head of its request is there; a head that is not there in
+  `receive_timeout` is answered with 408, one too long with 431
+- the rest of a request has what is left of that time, and a client that takes nothing for
+  `send_timeout` is cut off (see `arrival`)
+- closing never waits in the event loop: gunicorn's own graceful close waits up to two seconds for
+  the client, and accepts nobody meanwhile
+- what never reaches the application is refused with the service's own error body
+- told to stop, it closes its door at once, tells the application (see `drain`), and leaves when the
+  last answer has been given; Ctrl-C, which reaches all processes of a terminal, is the arbiter's
+
+Held by tests against the real gunicorn, since it overrides what gunicorn promises to nobody.
+"""
+
+import errno
+import resource
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from flask import Flask
+from gunicorn.arbiter import Arbiter
+from gunicorn.http import errors
+from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
+
+from charloom.errors import OptionError
+from service.errors import Problem, failed
+from service.link import Link
+from service.settings import Settings
+from service.web import context, drain
+from service.web.arrival import HEAD_LIMIT, ClientSocket, Connection, Head
+from service.web.body import dump
+from service.web.wire.errors import envelope
+
+LINGER = 2.0
+"""Seconds that a client has to read the end of an answer and close."""
+
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGQUIT})
+"""What the arbiter tells a worker to stop with."""
+
+SPARE_FILES = 64
+"""File descriptors that are left to everything but clients."""
+
+
+def _problem(status: int, code: str, message: str) -> Problem:
+    """A request that is refused before any route is known."""
+    return Problem(status=status, type="invalid_request_error", code=code, message=message)
+
+
+_REFUSALS = (
+    (
+        errors.LimitRequestLine,
+        _problem(
+            414,
+            "request_line_too_long",
+            "The request's first line is too long; shorten the path.",
+        ),
+    ),
+    (
+        errors.LimitRequestHeaders,
+        _problem(
+            431,
+            "headers_too_large",
+            "The headers are too many or too long; send fewer.",
+        ),
+    ),
+    (
+        errors.ExpectationFailed,
+        _problem(
+            417,
+            "expectation_failed",
+            "The header Expect may say 100-continue alone.",
+        ),
+    ),
+    (
+        errors.UnsupportedTransferCoding,
+        _problem(
+            501,
+            "transfer_coding_unsupported",
+            "The body may be sent whole or in chunks alone.",
+        ),
+    ),
+    (
+        errors.ParseException,
+        _problem(
+            400,
+            "bad_request",
+            "The request cannot be read as HTTP/1.1; look at its first lines.",
+        ),
+    ),
+)
+"""What is answered to what gunicorn cannot read, by the first that fits.
+
+gunicorn's own words are not repeated, since they quote the request: a header without its colon may
+be a key.
+"""
+
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+
+class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
+    """One HTTP worker process; `settings` are bound by a subclass, as gunicorn makes workers."""
+
+    settings: ClassVar[Settings]
+
+    alive: bool
+    sockets: list[Any]
+    worker_connections: int
+    wsgi: Application
+
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """End with a sentence where gunicorn is asked for what is not done here."""
+        super().check_config(cfg, log)
+        if cfg.is_ssl or cfg.protocol != "http":
+            sys.exit("This worker speaks plain HTTP alone; let nginx take TLS (deploy/nginx.conf).")
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.drain = drain.Drain()
+        self._link: Link | None = None
+        self._lingering: deque[Connection] = deque()
+
+    # Start and stop
+
+    def init_process(self) -> None:
+        """Take as many clients as there may be open files."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = self.worker_connections + SPARE_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            self.worker_connections = min(self.worker_connections, soft - SPARE_FILES)
+        super().init_process()
+
+    def init_signals(self) -> None:
+        """Leave Ctrl-C to the arbiter, which then says how to stop."""
+        super().init_signals()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # an arbiter may hold them back
+
+    def load_wsgi(self) -> None:
+        """Load the application, connect it to its engine, which ends where no worker is, and let
+        each request know whether this worker stays.
+        """
+        try:
+            super().load_wsgi()
+        except OptionError as error:
+            self.log.error("%s", error)
+            sys.exit(Arbiter.APP_LOAD_ERROR)  # the arbiter does not try again
+        application = self.wsgi
+        if isinstance(application, Flask) and context.NAME in application.extensions:
+            self._link = application.extensions[context.NAME].link
+            self._link.open()
+
+        def informed(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            environ[drain.KEY] = self.drain
+            return application(environ, start_response)
+
+        self.wsgi = informed
+
+    def run(self) -> None:
+        """Serve until told to stop and done."""
+        super().run()
+        if self._link is not None:
+            self._link.close()
+
+    def is_parent_alive(self) -> bool:
+        """Whether the arbiter is there; without it this worker drains as if told to."""
+        is_alive: bool = super().is_parent_alive()
+        self.alive = self.alive and is_alive
+        return is_alive
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """Accept or not; a worker that stops closes its door, so that clients go elsewhere."""
+        super().set_accept_enabled(enabled)
+        if not self.alive:
+            self.drain.deadline = time.monotonic() + self.settings.drain
+            for listener in self.sockets:
+                listener.close()
+            self.sockets = []
+
+    def _cap_keepalive(self, deadline: float) -> None:
+        """Let no client without a request hold up the stop."""
+        super()._cap_keepalive(deadline)
+        for connection in self.pending_conns:
+            connection.timeout = min(connection.timeout, deadline)
+
+    # The event loop
+
+    def accept(self, listener: Any) -> None:
+        """Take a client in, if one is still there."""
+        try:
+            accepted, peer = listener.accept()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+                raise
+            return
+        self.nr_conns += 1
+        client = ClientSocket(accepted, self.settings.send_timeout)
+        self.enqueue_req(Connection(self.cfg, client, peer, listener.getsockname(), self.linger))
+
+    def enqueue_req(self, conn: Connection) -> None:
+        """Give a connection with a whole head to a thread; let another wait for it."""
+        conn.expect_within(self.settings.receive_timeout)
+        if conn.parser is not None and conn.parser.unreader.buf.getvalue():
+            super().enqueue_req(conn)  # reading the last body, gunicorn has begun the next request
+        elif not self._gather(conn):
+            if not self.alive:
+                conn.timeout = time.monotonic() + STOP_KEEPALIVE_LINGER
+            self.pending_conns.append(conn)
+            self.poller.register(
+                conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn)
+            )
+
+    def on_pending_socket_readable(self, conn: Connection, client: ClientSocket) -> None:
+        """Go on with a connection whose head was not all there."""
+        self.poller.unregister(client)
+        if self._gather(conn):
+            self.pending_conns.remove(conn)
+        else:
+            self.poller.register(
+                client, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn)
+            )
+
+    def murder_pending(self) -> None:
+        """End the waits that have lasted long enough."""
+        now = time.monotonic()
+        while self.pending_conns and self.pending_conns[0].timeout <= now:
+            conn = self.pending_conns.popleft()
+            self.poller.unregister(conn.sock)
+            if conn.sock.has_begun:
+                seconds = self.settings.receive_timeout
+                self._refuse(
+                    conn,
+                    408,
+                    "request_timeout",
+                    f"The request did not arrive within {seconds:g} seconds; send it faster.",
+                )
+            else:
+                self._drop(conn)
+        while self._lingering and self._lingering[0].timeout <= now:
+            conn = self._lingering.popleft()
+            self.poller.unregister(conn.sock)
+            self._drop(conn)
+
+    def linger(self, conn: Connection) -> None:
+        """Close a connection once its client has, or time is up.
+
+        Closed at once, the system would answer what the client still sends with a reset, and that
+        may overtake the end of the answer.
+        """
+        self.nr_conns += 1
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+            conn.sock.setblocking(False)
+        except OSError:
+            self._drop(conn)  # the client has gone, or was cut off
+            return
+        if not self._is_spent(conn):
+            conn.timeout = time.monotonic() + LINGER
+            self._lingering.append(conn)
+            self.poller.register(
+                conn.sock, selectors.EVENT_READ, partial(self._on_last_words, conn)
+            )
+        else:
+            self._drop(conn)
+
+    def _on_last_words(self, conn: Connection, client: ClientSocket) -> None:
+        if self._is_spent(conn):
+            self.poller.unregister(client)
+            self._lingering.remove(conn)
+            self._drop(conn)
+
+    def _is_spent(self, conn: Connection) -> bool:
+        """Whether the client has closed; what it sent is thrown away."""
+        try:
+            return not socket.socket.recv(conn.sock, 1 << 16)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _gather(self, conn: Connection) -> bool:
+        """Read on in a head; whether the event loop is done with its connection."""
+        match conn.sock.gather():
+            case Head.PARTIAL:
+                return False
+            case Head.COMPLETE:
+                super().enqueue_req(conn)
+            case Head.TOO_LONG:
+                self._refuse(
+                    conn,
+                    431,
+                    "headers_too_large",
+                    f"The request's head has more than {HEAD_LIMIT} bytes; send fewer headers.",
+                )
+            case Head.LOST:
+                self._drop(conn)
+        return True
+
+    def _refuse(self, conn: Connection, status: int, code: str, message: str) -> None:
+        """Answer a request that gets no thread."""
+        try:
+            conn.sock.send(_answer(_problem(status, code, message)))
+        except OSError:
+            self._drop(conn)
+        else:
+            self.nr_conns -= 1
+            conn.close(graceful=True)
+
+    def _drop(self, conn: Connection) -> None:
+        self.nr_conns -= 1
+        conn.close()
+
+    # The threads
+
+    def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
+        """Pass over what is left of a body, if it comes in time."""
+        conn.sock.receive_within(self.settings.receive_timeout)
+        return bool(super()._keepalive_after(conn, keepalive))
+
+    def handle_error(self, _req: Any, client: ClientSocket, _addr: Any, exc: Exception) -> None:
+        """Answer what never reached the application, or made it fail, with the one error body."""
+        is_ours = isinstance(exc, errors.InvalidResponseHeader | errors.InvalidResponseHeaderName)
+        problem = next((problem for kind, problem in _REFUSALS if isinstance(exc, kind)), None)
+        if problem is None or is_ours:
+            self.log.error("Unforeseen error of the server", exc_info=exc)
+            problem = failed("The server failed at this request; its log tells why.").problem
+        else:
+            self.log.info("Refused a request that is not HTTP: %s", type(exc).__name__)
+        try:
+            client.sendall(_answer(problem))
+        except OSError as error:
+            self.log.debug("An error was not sent: %s", error)
+
+
+def _answer(problem: Problem) -> bytes:
+    """A whole HTTP answer, after which the connection closes."""
+    status = HTTPStatus(problem.status)
+    body = dump(envelope(problem))
+    head = (
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        "Connection: close",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        f"x-request-id: req_{secrets.token_hex(12)}",
+        "X-Content-Type-Options: nosniff",
+        *(("x-should-retry: false",) if status == HTTPStatus.INTERNAL_SERVER_ERROR else ()),
+    )
+    return "".join(f"{line}\r\n" for line in (*head, "")).encode("latin-1") + body
