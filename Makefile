@@ -59,9 +59,8 @@ bench: .venv/installed ## run the benchmarks; each prints its table with the mac
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/decode.py
 
-serve: ## serve the models over HTTP (with a later version)
-	@echo 'The REST service comes with a later version; this one trains and samples (make demo).' >&2
-	@exit 1
+serve: .venv/installed ## serve what is in models/ over HTTP, at http://127.0.0.1:8000
+	$(BIN)/charloom serve
 
 # The stamp says that .venv matches these two files and the index torch came from.
 REMEMBERED := $(shell cat .venv/torch-index 2>/dev/null)
@@ -99,6 +98,6 @@ else
 	$(BIN)/python -m pip install --constraint constraints.txt --index-url $(TORCH_INDEX) --no-deps \
 		$(AGAIN) torch
 endif
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,serve,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,serve,redis,dev]'
 	@echo '$(TORCH_INDEX)' >.venv/torch-index
 	@touch $@

@@ -127,19 +127,23 @@ class Naive(nn.Module):
                     target = getattr(self.lstm, f"{part}_l{layer}")
                     target.copy_(tensors[f"layers.{layer}.{part}"])
 
-    @torch.inference_mode()
     def write(self, batch: int, length: int, *, threads: int) -> list[str]:
         """Sample `length` characters in each of `batch` texts."""
         torch.set_num_threads(threads)
+        return ["".join(map(chr, tokens)) for tokens in self.draw(batch, length)]
+
+    @torch.inference_mode()
+    def draw(self, batch: int, length: int) -> list[list[int]]:
+        """Sample `length` tokens in each of `batch` texts."""
         tokens = torch.full((batch, 1), 2)
         state = None
-        texts = []
+        steps = []
         for _ in range(length):
             y, state = self.lstm(self.embedding(tokens), state)
             shares = torch.softmax(self.output(y[:, -1]) / SAMPLING.temperature, dim=-1)
             tokens = torch.multinomial(shares, 1)
-            texts.append("".join(map(chr, tokens[:, 0].tolist())))
-        return texts
+            steps.append(tokens[:, 0].tolist())
+        return [list(text) for text in zip(*steps, strict=True)]
 
 
 def make_engine(checkpoint: Checkpoint, decoder: GraphDecoder) -> Engine:

@@ -2,6 +2,8 @@
 
 import runpy
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +31,37 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def cell_decoder() -> Callable[..., Any]:
     """The readable network as a decoder: architecture, tensors, `capacity=`."""
     return runpy.run_path(str(Path(__file__).parent / "cell_decoder.py"))["CellDecoder"]
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    """Save a tiny model in a folder: `seed=`, `mode=`, `documents=`."""
+    return running_service()["write_model"]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Any]]:
+    """Start the real service on a folder of models with some settings; ended with the test."""
+    with ExitStack() as stack:
+
+        def start(models: Path, **settings: str) -> Any:
+            return stack.enter_context(closing(running_service()["Service"](models, settings)))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def service(
+    tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]
+) -> Iterator[Any]:
+    """The real service with one model, tiny, as it comes; shared by the tests of a process."""
+    models = tmp_path_factory.mktemp("models")
+    write_model(models / "tiny")
+    with closing(running_service()["Service"](models, {})) as running:
+        yield running
+
+
+@cache
+def running_service() -> dict[str, Any]:
+    """The names of tests/running_service.py."""
+    return runpy.run_path(str(Path(__file__).parent / "running_service.py"))

@@ -219,7 +219,7 @@ def test_what_is_shipped_is_listed_and_stays_private() -> None:
 
 def test_base_dependencies_are_enough_to_sample_and_no_more() -> None:
     """What only training or serving needs is in an extra of that name."""
-    assert set(PROJECT["optional-dependencies"]) == {"train", "serve", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {"train", "serve", "redis", "dev"}
     base = {requirement.name for requirement in requirements([])}
     assert base.isdisjoint({"torch", "flask", "gunicorn", "matplotlib", "pytest"})
 
@@ -315,11 +315,11 @@ def test_make_lists_its_tasks() -> None:
     assert set(re.findall(r"^  make (\w+)", result.stdout, re.MULTILINE)) == TASKS
 
 
-def test_make_serve_says_that_it_comes_later() -> None:
-    """The one task without a product yet says so, and fails."""
-    result = make(ROOT, "serve")
-    assert result.returncode != 0
-    assert "comes with a later version" in result.stderr
+def test_make_serve_runs_the_service() -> None:
+    """The task is the command, in the project's own environment."""
+    result = make(ROOT, "--dry-run", "serve")
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1] == ".venv/bin/charloom serve"
 
 
 def test_make_refuses_an_old_python(checkout: Path) -> None:
@@ -347,7 +347,7 @@ def test_make_installs_once_and_again_when_the_pins_change(checkout: Path) -> No
     first = journal(checkout)
     assert "-m venv --clear .venv" in first
     assert "-m pip install --constraint constraints.txt torch" in first
-    assert "--editable .[train,serve,dev]" in first[-1]
+    assert "--editable .[train,serve,redis,dev]" in first[-1]
 
     assert make(checkout, "install", "PYTHON=./python").returncode == 0
     assert journal(checkout) == []
@@ -356,7 +356,7 @@ def test_make_installs_once_and_again_when_the_pins_change(checkout: Path) -> No
     assert make(checkout, "install", "PYTHON=./python").returncode == 0
     refreshed = journal(checkout)
     assert "-m venv --clear .venv" not in refreshed
-    assert "--editable .[train,serve,dev]" in refreshed[-1]
+    assert "--editable .[train,serve,redis,dev]" in refreshed[-1]
 
 
 def test_make_takes_torch_from_the_index_named_and_remembers_it(checkout: Path) -> None:
