@@ -15,7 +15,7 @@ value and the remedy, and, where waiting helps, how long.
 Nothing here knows HTTP or Flask, and no text of an unforeseen exception ever becomes a message.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -72,6 +72,18 @@ def invalid_all(problems: Sequence[tuple[str, str]], *, untold: int = 0) -> Requ
         sentences.append(f"There are {untold} more problems.")
     field = problems[0][0]
     return invalid(" ".join(sentences), None if field == "" else field)
+
+
+def renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
+    """The same problem, with the name that its sender knows the field by where that is another."""
+    if problem.param is None or problem.param not in names:
+        return problem
+    name = names[problem.param]
+    rest = problem.message.removeprefix(
+        problem.param
+    )  # sentences begin with it, as far as they can
+    message = problem.message if rest == problem.message else name + rest
+    return msgspec.structs.replace(problem, param=name, message=message)
 
 
 def unknown_model(name: str) -> RequestError:

@@ -17,6 +17,7 @@ from service.settings import Settings
 from service.web.access import PUBLIC
 from service.web.app import create_app
 from service.web.context import NAME, Service
+from service.web.specification import BODIES
 
 SCRIPTED = runpy.run_path(str(Path(__file__).parent / "scripted_link.py"))
 KEYS = "alice=alice-secret-0123456789"
@@ -278,6 +279,29 @@ def test_every_reference_leads_somewhere(link: Any) -> None:
         assert name in found["components"][kind]
 
 
+def test_every_schema_is_part_of_what_travels(link: Any) -> None:
+    """Nothing is described that no request, answer or event holds."""
+    found = document(link)
+    schemas, reached, names = found["components"].pop("schemas"), set(), [json.dumps(found)]
+    for text in names:
+        for name in set(re.findall(r"#/components/schemas/(\w+)", text)) - reached:
+            reached.add(name)
+            names.append(json.dumps(schemas[name]))
+    assert set(schemas) == reached
+
+
+def test_a_schema_keeps_what_its_model_says(link: Any) -> None:
+    """Names of a bias's tokens, whole limits and events reach the document as pydantic has them."""
+    schemas = document(link)["components"]["schemas"]
+    fields = schemas["CompletionRequest"]["properties"]
+    assert "propertyNames" in fields["logit_bias"]["anyOf"][0]
+    assert type(fields["seed"]["maximum"]) is int
+    chunk, done = schemas["CompletionEvent"]["properties"]["data"]["anyOf"]
+    assert chunk["contentMediaType"] == "application/json"
+    assert {"$ref": "#/components/schemas/CompletionChunk"} in chunk["contentSchema"]["anyOf"]
+    assert done["const"] == "[DONE]"
+
+
 def test_examples_are_what_they_are_examples_of(link: Any) -> None:
     """Each example in the document is valid by the schema that it stands in."""
     found = document(link)
@@ -291,7 +315,12 @@ def test_examples_are_what_they_are_examples_of(link: Any) -> None:
         ("ErrorBody", answer["content"]["application/json"]["example"])
         for answer in components["responses"].values()
     ]
-    assert len(examples) >= 12
+    named = {name for name, _ in examples}
+    assert named >= {model.__name__ for model in BODIES} - {
+        "ChatEvent",
+        "CompletionEvent",
+        "ErrorBody",
+    }
     assert len(errors) == 10
     for name, example in [*examples, *errors]:
         root = {"$ref": f"#/components/schemas/{name}", "components": components}

@@ -13,8 +13,8 @@ from flask.testing import FlaskClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import over_budget, unavailable
-from service.messages import Delta, Describe, Ended, Judged, Submit
+from service.errors import RequestError, invalid, over_budget, unavailable
+from service.messages import Delta, Describe, Ended, Judged, Models, Submit
 from service.settings import Settings
 from service.web.app import create_app
 from service.web.drain import KEY, Drain
@@ -74,6 +74,47 @@ def events_of(data: bytes) -> list[Any]:
 def delta(text: str, *, index: int = 0, **more: Any) -> Delta:
     """What is new of a choice."""
     return Delta(id=1, index=index, text=text, tokens=len(text), **more)
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "refusal", "param", "message"),
+    [
+        ("/v1/completions", {}, invalid("prompt: No.", "prompt"), "prompt", "prompt: No."),
+        ("/v1/completions", {}, invalid("Too much.", "max_tokens"), "max_tokens", "Too much."),
+        ("/v1/chat/completions", {}, invalid("prompt: No.", "prompt"), "messages", "messages: No."),
+        ("/v1/chat/completions", {}, invalid("Too much.", "max_tokens"), "max_tokens", "Too much."),
+        (
+            "/v1/chat/completions",
+            {"max_completion_tokens": 5},
+            invalid("Too much.", "max_tokens"),
+            "max_completion_tokens",
+            "Too much.",
+        ),
+        (
+            "/v1/chat/completions",
+            {"logprobs": True, "top_logprobs": 5},
+            invalid("logprobs is 5; give less.", "logprobs"),
+            "top_logprobs",
+            "top_logprobs is 5; give less.",
+        ),
+    ],
+)
+def test_the_engine_objects_to_fields_that_were_sent(
+    client: FlaskClient,
+    engine: Engine,
+    path: str,
+    given: dict[str, Any],
+    refusal: RequestError,
+    param: str,
+    message: str,
+) -> None:
+    """What the engine knows by another name is told by the request's own."""
+    engine.link.fail(refusal)
+    engine.link.answers[Describe] = lambda _: Models(cards=[SCRIPTED["CARD"]])
+    answer = client.post(path, json=body_for(path, **given))
+    assert answer.status_code == 400
+    error = answer.get_json()["error"]
+    assert (error["param"], error["message"]) == (param, message)
 
 
 def test_deltas_are_collected_by_choice(client: FlaskClient, engine: Engine) -> None:

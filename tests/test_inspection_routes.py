@@ -354,6 +354,20 @@ def test_a_text_becomes_tokens(client: FlaskClient, link: Any, field: str) -> No
     assert link.asked == [Tokenise(model="demo", texts=["ab"], unknown="error")]
 
 
+@pytest.mark.parametrize("field", ["prompt", "text"])
+def test_a_text_without_tokens_is_refused_by_the_name_it_was_sent_by(
+    client: FlaskClient, link: Any, field: str
+) -> None:
+    """The text has two names, and the refusal uses the client's."""
+
+    def refuse(_: Tokenise) -> Any:
+        raise invalid("The character 'X' is not in the vocabulary.", "prompt")
+
+    link.answers[Tokenise] = refuse
+    error = refusal(client.post("/tokenize", json={"model": "demo", field: "X"}))
+    assert error["param"] == field
+
+
 def test_an_empty_text_has_no_tokens(client: FlaskClient) -> None:
     """Nothing is added to a text, so that nothing stays nothing."""
     answer = client.post("/tokenize", json={"prompt": ""})

@@ -444,6 +444,15 @@ def test_log_probabilities_change_no_text() -> None:
     assert [text.removeprefix("abc") for text in echoed.plain] == plain.plain
 
 
+def test_a_least_length_is_that_of_the_texts_alone() -> None:
+    """A prompt is judged without writing anything, however long the texts have to be."""
+    order = make_order(max_tokens=9, min_tokens=9, logprobs=1, is_echoed=True)
+    text = write(make_served(), order).texts[0]
+    assert text.text.startswith("abc")
+    assert text.tokens == 9
+    assert len(text.logprobs) == 3 + 9
+
+
 def test_without_alternatives_each_token_still_has_its_own() -> None:
     """Logprobs 0 asks for the drawn tokens' log-probabilities alone."""
     text = write(make_served(), make_order(max_tokens=6, logprobs=0)).texts[0]

@@ -166,7 +166,9 @@ class Job:
         choice = None if number < 0 else self._open(number, source)
         request = Request(
             prompt=source.prompt,
-            params=replace(self._params, max_tokens=0) if choice is None else self._params,
+            params=self._params
+            if choice is not None
+            else replace(self._params, max_tokens=0, min_tokens=0),
             seed=self.seed,
             choice=max(number, 0),
             bias_V=self._bias_V,

@@ -13,7 +13,7 @@ from flask import Response
 from flask_openapi import APIBlueprint
 from pydantic import BaseModel
 
-from service.errors import RequestError, unknown_model
+from service.errors import RequestError, renamed, unknown_model
 from service.messages import Delta, Describe, Ended, Judged, Submit
 from service.web import drain, stream
 from service.web.access import owner
@@ -93,7 +93,10 @@ def _answer(body: WritingRequest, order: Submit, form: type[Reply]) -> Response:
     this.model = order.model
     first = order.prompts[0]
     this.prompt = first if isinstance(first, str) else str(first[:100])
-    job = service.link.submit(order)
+    try:
+        job = service.link.submit(order)
+    except RequestError as error:
+        raise RequestError(renamed(error.problem, body.names)) from error
     this.prompt_tokens = job.accepted.prompt_tokens
     reply = form(
         job.accepted,

@@ -17,7 +17,7 @@ from flask import Response
 from flask_openapi import APIBlueprint
 from pydantic import BaseModel
 
-from service.errors import invalid, unknown_model
+from service.errors import RequestError, invalid, renamed, unknown_model
 from service.messages import (
     Describe,
     Detokenise,
@@ -157,13 +157,16 @@ def tokenize(body: TokenizeRequest) -> Response:
         raise invalid("prompt and text are both given; they mean the same, so give one.", "text")
     model = _card(body.model).name if body.model is None else body.model
     _note(model, text)
-    tokens = current().link.ask(
-        Tokenise(
-            model=model,
-            texts=[text],
-            unknown="error" if body.unknown is None else body.unknown,
-        )
+    ask = Tokenise(
+        model=model,
+        texts=[text],
+        unknown="error" if body.unknown is None else body.unknown,
     )
+    try:
+        tokens = current().link.ask(ask)
+    except RequestError as error:
+        names = {} if body.text is None else {"prompt": "text"}
+        raise RequestError(renamed(error.problem, names)) from error
     (ids,), (pieces,) = tokens.tokens, tokens.pieces
     return _answer(TokenizeAnswer(tokens=ids, count=len(ids), pieces=pieces))
 

@@ -139,11 +139,9 @@ def _complete(operation: dict[str, Any], endpoint: str, access: Access) -> dict[
     """An operation with its errors, its name and its exemption from keys, if it has one."""
     is_public = access.is_public(endpoint)
     takes_body = "requestBody" in operation
-    errors = {"500": "Failed", "503": "Unavailable"}
+    errors = {"400": "Invalid", "500": "Failed", "503": "Unavailable"}
     if not is_public:
         errors |= {"401": "Unauthorised", "404": "NotFound"}
-    if takes_body or "parameters" in operation:
-        errors |= {"400": "Invalid"}
     if "parameters" in operation:
         errors |= {"414": "TooLong"}
     if takes_body:
@@ -253,7 +251,7 @@ _PROBLEMS = {
 """An example of each error, by its name in the document."""
 
 _MEANINGS = {
-    400: "A field is wrong; the message names it.",
+    400: "A field or a header is wrong; the message names it.",
     401: "No API key, or an unknown one.",
     404: "There is no such model.",
     408: "The body came too slowly.",

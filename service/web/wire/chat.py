@@ -4,7 +4,7 @@ A character model knows no turns: a template joins the messages into one prompt,
 continues. What a chat model does beyond writing is refused by name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Annotated, ClassVar, Literal
 
@@ -113,12 +113,20 @@ class ChatRequest(WritingRequest):
     verbosity: None = unsupported(_REASONING)
     web_search_options: None = unsupported(_TOOLS)
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Fields that the engine knows by other names, by those."""
+        names = {"prompt": "messages", "logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return names
+
     def to_submit(self, settings: Settings, owner: str, template: str | None) -> Submit:
         """The texts to write, as the engine is told; `template` is the model's own.
 
         Raises `RequestError`, also for a template that cannot be used.
         """
-        names, options, problems = {}, {}, []
+        options, problems = {}, []
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
                 problems.append(
@@ -129,10 +137,8 @@ class ChatRequest(WritingRequest):
                     )
                 )
             options["max_tokens"] = self.max_completion_tokens
-            names["max_tokens"] = "max_completion_tokens"
         if self.logprobs is True:
             options["logprobs"] = 0 if self.top_logprobs is None else self.top_logprobs
-            names["logprobs"] = "top_logprobs"
         elif self.top_logprobs is not None:
             problems.append(
                 (
@@ -152,9 +158,7 @@ class ChatRequest(WritingRequest):
         if settings.chat_template is not None:
             template = settings.chat_template
         prompt = join(self.messages, LINES if template is None else template, settings.body_limit)
-        return self.order(
-            [prompt], settings, owner, options=options, names=names, problems=problems
-        )
+        return self.order([prompt], settings, owner, options=options, problems=problems)
 
 
 def join(messages: Sequence[Message], template: str, limit: int) -> str:

@@ -73,7 +73,6 @@ class CompletionRequest(WritingRequest):
             settings,
             owner,
             options={} if self.logprobs is None else {"logprobs": self.logprobs},
-            names={},
             problems=problems,
             best_of=self.best_of,
             is_echoed=self.echo is True,

@@ -158,6 +158,11 @@ class WritingRequest(Request):
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage is True
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Fields that the engine knows by other names, by those."""
+        return {}
+
     def order(
         self,
         prompts: Sequence[Prompt],
@@ -165,16 +170,14 @@ class WritingRequest(Request):
         owner: str,
         *,
         options: Mapping[str, object],
-        names: Mapping[str, str],
         problems: Sequence[tuple[str, str]],
         best_of: int | None = None,
         is_echoed: bool = False,
     ) -> Submit:
         """The texts to write, as the engine is told.
 
-        `options` go before what the fields of the same name say, `names` tells which fields they
-        came from if not from these, and `problems` are what was found wrong already. Raises
-        `RequestError` with everything that is wrong.
+        `options` go before what the fields of the same name say, and `problems` are what was found
+        wrong already. Raises `RequestError` with everything that is wrong.
         """
         given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
         given["precision"] = settings.precision if self.precision is None else self.precision
@@ -187,7 +190,8 @@ class WritingRequest(Request):
         try:
             params = SamplingParams(**{**given, **options})
         except OptionError as error:
-            raise invalid_all([*found, *(_name(text, names) for text in error.problems)]) from error
+            named = [_name(text, self.names) for text in error.problems]
+            raise invalid_all([*found, *named]) from error
         if found:
             raise invalid_all(found)
         return Submit(
