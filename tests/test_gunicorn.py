@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 0.5
 """Seconds that the servers under test wait for a client that is slow."""
 
@@ -321,7 +323,6 @@ def test_a_stop_lets_streams_end_and_turns_others_away(tmp_path: Path) -> None:
             assert server.end() == 0
 
 
-@pytest.mark.slow
 def test_a_stream_beyond_the_drain_is_cut(tmp_path: Path) -> None:
     """What has not ended long after its time is over does not keep the service."""
     with gunicorn(tmp_path, drain=0.1) as server, server.connect() as stream:

@@ -25,6 +25,8 @@ from charloom.model import Generation, Model
 from charloom.params import SEED_LIMIT, SamplingParams
 from charloom.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
 
+pytestmark = pytest.mark.slow
+
 LETTERS = "abcdefgh \n"
 
 Precise = Literal["float32", "int8"]

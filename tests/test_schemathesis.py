@@ -36,6 +36,8 @@ from service.web.wire.inspection import (
     TokenizeRequest,
 )
 
+pytestmark = pytest.mark.slow
+
 KEY = "alice-secret-0123456789"
 
 CHECKS = {
@@ -283,7 +285,6 @@ def test_hundreds_of_requests_are_answered_as_documented(running: Any) -> None:
     assert set(run.statuses) <= {200, 400, 404}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_thousands_of_requests_are_answered_as_documented(running: Any) -> None:
     """Through all phases and checks nothing fails, hangs, or is not in the document."""
@@ -296,7 +297,6 @@ def test_thousands_of_requests_are_answered_as_documented(running: Any) -> None:
     assert run.passed.keys() >= CHECKS
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_no_route_that_needs_a_key_does_without(serve: Callable[..., Any], models: Path) -> None:
     """With keys, every documented lock is tried with no key and with a wrong one."""

@@ -19,6 +19,8 @@ from click.testing import CliRunner, Result
 from charloom.cli import main
 from service.settings import Settings, variable
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 PATIENCE = 60
@@ -212,7 +214,6 @@ def test_workers_share_one_engine(models: Path) -> None:
         served.wait_for_family(3 + 3)  # beside workers: their parent, the engine, its supervisor
 
 
-@pytest.mark.slow
 def test_an_engine_outlives_idle_hours(models: Path) -> None:
     """Workers hold on to their engine from their start, before anybody has asked."""
     with serving(models) as served:
@@ -270,7 +271,6 @@ def test_structured_logs_hold_nothing_else(models: Path) -> None:
 # How it ends
 
 
-@pytest.mark.slow
 def test_ctrl_c_lets_streams_end(models: Path) -> None:
     """An interrupt of the whole group stops in good order, and no process is left."""
     with serving(models) as served, closing(served.connect()) as client:
@@ -283,7 +283,6 @@ def test_ctrl_c_lets_streams_end(models: Path) -> None:
         assert not any("Traceback" in line for line in served.lines)
 
 
-@pytest.mark.slow
 def test_a_hangup_replaces_the_workers(models: Path) -> None:
     """SIGHUP brings new workers while the old ones finish, and the engine stays."""
     with serving(models) as served, closing(served.connect()) as client:
@@ -298,7 +297,6 @@ def test_a_hangup_replaces_the_workers(models: Path) -> None:
         assert served.get("/readyz")[0] == 200
 
 
-@pytest.mark.slow
 def test_a_second_ctrl_c_ends_the_wait(models: Path) -> None:
     """Who does not want to wait for running streams need not."""
     with serving(models, work="100000000") as served, closing(served.connect()) as client:

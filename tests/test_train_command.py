@@ -18,6 +18,8 @@ from charloom import checkpoint as checkpoints
 from charloom.checkpoint import ModelWriter
 from charloom.cli import main
 
+pytestmark = pytest.mark.slow
+
 TEXT = "".join(f"{n} green bottles hanging on the wall,\n" for n in range(300))
 SMALL = ["--hidden", "16", "--batch-size", "4", "--sequence-length", "16", "--threads", "1"]
 
@@ -118,7 +120,6 @@ def test_evaluation_flags_characters_never_seen(charloom: Run, text: Path, tmp_p
     assert "3 characters are not in the model's vocabulary" in result.stderr
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(text: Path, tmp_path: Path) -> None:
     """Killed by SIGKILL at random moments and resumed each time, it equals a run never killed."""
     arguments = (text, "--steps", 96, "--seed", 5, "--weight-drop", "0.1", *SMALL)

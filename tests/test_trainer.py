@@ -24,6 +24,8 @@ from training.resume import saved_run
 from training.runlog import Console
 from training.trainer import Outcome, Trainer, rare_tokens
 
+pytestmark = pytest.mark.slow
+
 TEXT = "".join(f"{n} green bottles hanging on the wall,\n" for n in range(300))
 
 
