@@ -58,6 +58,7 @@ bench: .venv/installed ## run the benchmarks; each prints its table with the mac
 	$(BIN)/python benchmarks/corpus.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/serve.py
 
 serve: .venv/installed ## serve what is in models/ over HTTP, at http://127.0.0.1:8000
 	$(BIN)/charloom serve

@@ -169,15 +169,16 @@ def write_alone(model: Path) -> float:
         prompt = Prompt(loaded.tokenizer.encode(""))
         return engine.submit(Request(prompt=prompt, params=params, seed=seed))
 
-    handles = [submit(seed) for seed in range(CLIENTS)]
+    handles = {submit(seed) for seed in range(CLIENTS)}
     characters, seed = 0, CLIENTS
     start, until = time.perf_counter(), time.perf_counter() + 4.0
-    while time.perf_counter() < until:
+    while handles:  # as the clients do: what is begun is ended, and the whole time counts
         engine.step()
-        for index, handle in enumerate(handles):
-            if handle.take():
-                characters += len(handle.outcome.text)
-                handles[index] = submit(seed)
+        for handle in [handle for handle in handles if handle.take()]:
+            handles.remove(handle)
+            characters += len(handle.outcome.text)
+            if time.perf_counter() < until:
+                handles.add(submit(seed))
                 seed += 1
     return characters / (time.perf_counter() - start)
 
