@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Self, Unpack
@@ -85,6 +86,8 @@ class Generation:
     generated_tokens: int
     precision: Arithmetic
     """The arithmetic that `precision` came to."""
+    fingerprint: str
+    """The model's signature: where it is equal the same request gives the same bytes."""
     logprobs: Assessment | None
     """How likely each of `tokens` was, where `logprobs` asked for it."""
 
@@ -96,10 +99,13 @@ class Stream(Iterator[str]):
     pieces that are left. `close` ends the text early, and so does forgetting the stream.
     """
 
-    def __init__(self, handle: Handle, request: Request, precision: Arithmetic) -> None:
+    def __init__(
+        self, handle: Handle, request: Request, precision: Arithmetic, fingerprint: str
+    ) -> None:
         self._handle = handle
         self._request = request
         self._precision = precision
+        self._fingerprint = fingerprint
 
     def __iter__(self) -> Self:
         return self
@@ -151,6 +157,7 @@ class Stream(Iterator[str]):
             prompt_tokens=len(self._request.prompt.tokens),
             generated_tokens=len(outcome.tokens),
             precision=self._precision,
+            fingerprint=self._fingerprint,
             logprobs=outcome.logprobs,
         )
 
@@ -225,6 +232,17 @@ class Model:
         """The arithmetic that a precision comes to on this processor."""
         return arithmetic_of(choose_kernel(precision))
 
+    def signature(self, precision: Precision) -> str:
+        """Equal where the same request gives the same bytes, on this machine or another.
+
+        A SHA-256 in hexadecimal of the model's fingerprint, the arithmetic, and the bits of a few
+        steps, in which instruction set and runtime version show.
+        """
+        probe = self.engine(precision).fingerprint
+        return sha256(
+            f"{self.fingerprint} {self.arithmetic(precision)} {probe}".encode()
+        ).hexdigest()
+
     def is_open(self, precision: Precision) -> bool:
         """Whether the engine of a precision is there, so that `engine` gives it at once."""
         return choose_kernel(precision) in self._engines
@@ -281,7 +299,7 @@ class Model:
         """
         params = _merge(params, options)
         open_choice = self._prepare(prompt, params, is_streamed=False)
-        ahead = 2 * self.engine(params.precision).capacity
+        ahead = self.engine(params.precision).ahead
         return run_ahead(
             lambda choice: partial(_finish, open_choice(choice)), range(params.n), ahead=ahead
         )
@@ -374,6 +392,7 @@ class Model:
         seed = draw_seed() if params.seed is None else params.seed
         engine = self.engine(params.precision)
         arithmetic = self.arithmetic(params.precision)
+        signature = self.signature(params.precision)
 
         def submit(choice: int) -> Stream:
             request = Request(
@@ -384,7 +403,7 @@ class Model:
                 bias_V=bias_V,
                 is_streamed=is_streamed,
             )
-            return Stream(engine.submit(request), request, arithmetic)
+            return Stream(engine.submit(request), request, arithmetic, signature)
 
         return submit
 

@@ -36,6 +36,9 @@ STOP_LENGTH_LIMIT = 500
 THREADS_LIMIT = 256
 """Most processor threads of a step."""
 
+BIASES_LIMIT = 1024
+"""Most tokens that logit_bias names: each is looked up before the text begins."""
+
 PENALTY_LIMIT = 2.0
 BIAS_LIMIT = 100.0
 """Bounds of OpenAI's API, which clients know."""
@@ -113,7 +116,7 @@ class SamplingParams:
         default=None,
         metadata={
             "help": "Add to the logit of a token, named by its text (or in Python by its number): "
-            "-100 forbids it, 100 all but demands it.",
+            "-100 all but forbids it, 100 all but demands it.",
         },
     )
     logprobs: int | None = field(
@@ -299,6 +302,8 @@ def _biases(value: object) -> list[str]:
         return [
             f"logit_bias is {value!r}; give a mapping of tokens to numbers, such as {{'e': -5}}."
         ]
+    if len(value) > BIASES_LIMIT:
+        return [f"logit_bias holds {len(value)} tokens; give at most {BIASES_LIMIT}."]
     problems = []
     for token, bias in value.items():
         is_token = isinstance(token, str) or (type(token) is int and token >= 0)

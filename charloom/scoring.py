@@ -4,8 +4,10 @@ Scoring is the engine's loop with the logits kept: the text is read like a promp
 judged by the logits it follows from. Texts are scored `apart`, each from the start of a document,
 or `together`, as one text with the hidden state carried on.
 
-`Scorer.apart` and `Scorer.together` wait for the engine. Who steps it by hand calls `encode`,
-`submit` and, once the handle has its outcome, `assemble`; none of them waits.
+`Scorer.apart` and `Scorer.together` wait for the engine; closing their iterators ends the reading.
+None among their texts says that the next is not there yet, so the scores of those before it are
+given first. Who steps the engine by hand calls `encode`, `submit` and, once the handle has its
+outcome, `assemble`; none of them waits.
 
 A model of documents is asked for the end of each document too. In one of plain text the first token
 has no score, since nothing stands before it. A character outside the vocabulary costs what the
@@ -14,9 +16,9 @@ unknown token costs plus the choice among all the code points it may stand for.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,7 +64,7 @@ class Score:
     @property
     def nats(self) -> float:
         """Surprise of all that has a score."""
-        return float(-np.nansum(self.logprobs_N))
+        return float(0.0 - np.nansum(self.logprobs_N))  # a minus sign alone would give -0.0
 
     @property
     def bits(self) -> float:
@@ -111,15 +113,15 @@ class Scorer:
         self._params = params
         self._documents = documents
 
-    def apart(self, texts: Iterable[str]) -> Iterator[Score]:
+    def apart(self, texts: Iterable[str | None]) -> Generator[Score, None, None]:
         """Each text by itself, in their order; many are read at a time."""
 
         def start(text: str) -> Callable[[], Score]:
             tokens_N = self.encode(text)
-            handle = self.submit(tokens_N)
-            return lambda: self.assemble(text, tokens_N, handle.result().prompt_scores)
+            reading = _Reading(self.submit(tokens_N))
+            return lambda: self.assemble(text, tokens_N, reading.result())
 
-        return run_ahead(start, texts, ahead=2 * self._engine.capacity)
+        return run_ahead(start, texts, ahead=self._engine.ahead)
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """The tokens of a text that stands by itself, (N,), with its end in a model of documents.
@@ -171,15 +173,17 @@ class Scorer:
             unknown=int(is_unknown_N.sum()),
         )
 
-    def together(self, texts: Iterable[str]) -> Iterator[Score]:
+    def together(self, texts: Iterable[str | None]) -> Generator[Score, None, None]:
         """The texts as one text, in their order; a model of documents is not asked for its end."""
         state: State | None = None
         last = np.empty(0, np.int32)
-        for group in _chunks(((text, self._encode(text)) for text in texts), CHUNK):
+        for group in _chunks(
+            (None if text is None else (text, self._encode(text)) for text in texts), CHUNK
+        ):
             encoded = [tokens for _, tokens in group]
             tokens = np.concatenate([last, *encoded])
             prompt = Prompt(tokens)
-            assessment = self._submit(prompt, state).result().prompt_scores
+            assessment = _Reading(self._submit(prompt, state)).result()
             if assessment is not None:
                 state = prompt.state
             last = tokens[-1:]
@@ -205,26 +209,26 @@ class Scorer:
         def start(piece: tuple[int, int]) -> Callable[[], Iterator[Assessment]]:
             first, length = piece
 
-            def submit(at: int, state: State | None) -> tuple[Prompt, Handle]:
+            def submit(at: int, state: State | None) -> tuple[Prompt, _Reading]:
                 end = min(at + CHUNK, first + length) + 1
                 prompt = Prompt(np.asarray(tokens[at:end]).astype(np.int32))
-                return prompt, self._submit(prompt, state, is_beginning=False)
+                return prompt, _Reading(self._submit(prompt, state, is_beginning=False))
 
             begun = submit(first, None)
 
             def read() -> Iterator[Assessment]:
-                prompt, handle = begun
+                prompt, reading = begun
                 for at in range(first, first + length, CHUNK):
                     if at > first:
-                        prompt, handle = submit(at, prompt.state)
-                    part = handle.result().prompt_scores
+                        prompt, reading = submit(at, prompt.state)
+                    part = reading.result()
                     assert part is not None, "a piece has at least one token to judge"
                     yield part
 
             return read
 
         pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
-        for parts in run_ahead(start, pairs, ahead=2 * self._engine.capacity):
+        for parts in run_ahead(start, pairs, ahead=self._engine.ahead):
             yield from parts
 
     def _encode(self, text: str) -> NDArray[np.int32]:
@@ -266,31 +270,51 @@ class Scorer:
         return characters if len(characters) == len(pieces) else pieces
 
 
+class _Reading:
+    """A text that is being read; forgetting it, or breaking off the wait for it, ends that."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def __del__(self) -> None:
+        self._handle.cancel()
+
+    def result(self) -> Assessment | None:
+        """Wait for what was found of its tokens."""
+        try:
+            return self._handle.result().prompt_scores
+        except BaseException:
+            self._handle.cancel()  # a traceback may hold this object
+            raise
+
+
 def run_ahead(
-    start: Callable[[Item], Callable[[], Result]], items: Iterable[Item], *, ahead: int
-) -> Iterator[Result]:
-    """The results of work that is started early: up to `ahead` items before it is waited for."""
+    start: Callable[[Item], Callable[[], Result]], items: Iterable[Item | None], *, ahead: int
+) -> Generator[Result, None, None]:
+    """The results of work that is started early: up to `ahead` items before it is waited for.
+
+    None among the items says that the next is not there yet: what was started is waited for first.
+    What is left when the results are no longer wanted is forgotten, which is to cancel it.
+    """
     started: deque[Callable[[], Result]] = deque()
     try:
-        for item in items:
-            started.append(start(item))
-            if len(started) >= ahead:
+        for item in chain(items, [None]):
+            if item is not None:
+                started.append(start(item))
+            while len(started) >= (ahead if item is not None else 1):
                 yield started.popleft()()
-        while started:
-            yield started.popleft()()
     finally:
         started.clear()  # a traceback may hold this frame, and it all that was started
 
 
-def _chunks(encoded: Iterable[_Encoded], size: int) -> Iterator[list[_Encoded]]:
-    """The texts and their tokens in groups of at least this many tokens."""
+def _chunks(encoded: Iterable[_Encoded | None], size: int) -> Iterator[list[_Encoded]]:
+    """The texts and their tokens in groups of at least this many tokens, or up to a None."""
     group: list[_Encoded] = []
     count = 0
-    for text, tokens in encoded:
-        group.append((text, tokens))
-        count += len(tokens)
-        if count >= size:
+    for item in chain(encoded, [None]):
+        if item is not None:
+            group.append(item)
+            count += len(item[1])
+        if group and (item is None or count >= size):
             yield group
             group, count = [], 0
-    if group:
-        yield group

@@ -19,6 +19,7 @@ class CellDecoder:
     ) -> None:
         self.vocabulary_size = architecture.vocabulary
         self.capacity = capacity
+        self.fingerprint = "cell"
         self._network = Network.from_tensors(architecture, tensors)
         self._state_LPBH = self._network.initial_state(capacity)
         self._logits_BV = np.zeros((capacity, architecture.vocabulary), np.float32)

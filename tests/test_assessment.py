@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from charloom.decoding.assessment import Assessment, assess
+from charloom.decoding.assessment import SMALL, Assessment, assess
 from charloom.decoding.sampling import Rules, weigh
 from charloom.params import SamplingParams
 
@@ -80,6 +80,21 @@ def test_the_top_is_ordered_as_ranks_are() -> None:
     assert result.top_NT.tolist() == [[1, 4, 3, 0]]
     alone = [judge([[1.0, 3.0, 1.0, 2.0, 3.0]], [token]).logprobs_N[0] for token in (1, 4, 3, 0)]
     assert result.top_logprobs_NT.tolist() == [alone]
+
+
+@given(st.data())
+def test_the_top_of_a_large_vocabulary_is_that_of_all_tokens_in_order(data: st.DataObject) -> None:
+    """Where only some are sorted the same are found, equals by token id and no numbers last."""
+    width = data.draw(st.integers(SMALL, SMALL + 50))
+    values = st.sampled_from(
+        [-math.inf, -1.0, 0.0, 0.5, 2.0] + [math.nan] * data.draw(st.integers(0, 1))
+    )
+    seed, top = data.draw(st.integers(0, 99)), data.draw(st.integers(1, width))
+    few = data.draw(st.lists(values, min_size=1, max_size=9))
+    logits_NV = np.random.default_rng(seed).choice(np.array(few, np.float32), (3, width))
+    result = assess(logits_NV, np.zeros(3, np.int64), top=top)
+    expected_NV = np.argsort(-logits_NV, axis=1, kind="stable")
+    assert result.top_NT.tolist() == expected_NV[:, :top].tolist()
 
 
 @pytest.mark.parametrize(("top", "width"), [(0, 0), (1, 1), (3, 3), (99, 3)])

@@ -35,6 +35,7 @@ class PseudoNetwork:
     def __init__(self, vocabulary_size: int, *, capacity: int, broken: int | None = None) -> None:
         self.vocabulary_size = vocabulary_size
         self.capacity = capacity
+        self.fingerprint = "pseudo-network"
         self.moves = 0
         self._broken = broken
         self._hashes = np.arange(capacity, dtype=np.int64) + 7777

@@ -215,19 +215,6 @@ def test_a_limit_of_zero_keeps_nothing() -> None:
     assert found(cache, text(2 * STRIDE)) is None
 
 
-def test_a_cleared_cache_is_as_good_as_new() -> None:
-    """Nothing is left of what was kept, the same is kept again, and the counts go on."""
-    cache = kept(5, STRIDE)
-    assert found(cache, text(9)) == 5
-    cache.clear()
-    assert (cache.entries, cache.bytes) == (0, 0)
-    assert found(cache, text(9)) is None
-    cache.put(key_of(text(5)), make_state())
-    assert found(cache, text(9)) == 5
-    assert (cache.entries, cache.bytes) == (1, cost_of(5))
-    assert (cache.hits, cache.misses) == (2, 1)
-
-
 @pytest.fixture
 def traced() -> Iterator[None]:
     """Count the memory that is taken from here on."""
@@ -247,15 +234,12 @@ def test_the_bytes_counted_cover_the_memory_taken(length: int) -> None:
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("is_cleared", [False, True])
-def test_what_goes_leaves_nothing_behind(is_cleared: bool) -> None:
+def test_what_goes_leaves_nothing_behind() -> None:
     """Memory stays within the limit however many entries came and went."""
     limit = 100 * cost_of(STRIDE + 5)
     cache = StateCache(limit)
     for first in range(1000):
         cache.put(key_of(text(STRIDE + 5, first)), make_state())
-        if is_cleared:
-            cache.clear()
     assert tracemalloc.get_traced_memory()[0] <= limit
 
 
@@ -407,8 +391,6 @@ def test_many_threads_share_a_cache() -> None:
                 result = cache.find(SPACE, text(length + 1, first))
                 if result is not None:
                     assert result[1].max() == 1000 * first + result[0]
-            if random.random() < 0.01:
-                cache.clear()
         return finds
 
     with ThreadPoolExecutor(threads) as pool:

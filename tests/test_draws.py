@@ -147,6 +147,7 @@ class Unsure:
     """A network that finds every token as likely as any other."""
 
     vocabulary_size = LETTERS.vocabulary_size
+    fingerprint = "network"
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from hypothesis.strategies import DrawFn
 from numpy.typing import NDArray
 
 from charloom.cell import State
+from charloom.decoding import batch as batch_module
 from charloom.decoding import engine as engine_module
 from charloom.decoding.alphabet import Alphabet
 from charloom.decoding.assessment import Assessment, assess
@@ -48,6 +50,7 @@ class Network:
     """
 
     vocabulary_size = SIZE
+    fingerprint = "network"
 
     def __init__(self, *, capacity: int = 4) -> None:
         self.capacity = capacity
@@ -110,6 +113,7 @@ class Script(Network):
 
     def __init__(self, script: str, *, end: bool = False, capacity: int = 4) -> None:
         super().__init__(capacity=capacity)
+        self.logits_of_all: float | None = None
         self._script = np.array(LETTERS.encode(script).tolist() + [LETTERS.end] * end)
 
     def _hear(self, memory_B: NDArray[np.int64], tokens_B: NDArray[np.int32]) -> NDArray[Any]:
@@ -117,7 +121,7 @@ class Script(Network):
         places_B = memory_B % len(self._script)
         logits_BV[np.arange(len(tokens_B)), self._script[places_B]] = 100.0
         memory_B += 1
-        return logits_BV
+        return logits_BV if self.logits_of_all is None else logits_BV * self.logits_of_all
 
 
 class Chance(Network):
@@ -376,6 +380,43 @@ def test_a_request_can_end_wherever_it_is(place: str, reason: Ending) -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("deadlines", [(2.0, 5.0), (5.0, 2.0)])
+def test_each_request_has_its_own_deadline(deadlines: tuple[float, float]) -> None:
+    """Whichever came first, the earlier deadline is kept, and then the later one."""
+    clock = Clock()
+    engine = open_engine(Chance(), clock=clock)
+    handles = {
+        deadline: engine.submit(ask("a", 10**6, deadline=deadline)) for deadline in deadlines
+    }
+    handles[math.inf] = engine.submit(ask("a", 10**6))
+    for now in (1.0, 3.0, 6.0):
+        clock.now = now
+        engine.step()
+        under_way = {deadline for deadline, handle in handles.items() if is_under_way(handle)}
+        assert under_way == {deadline for deadline in handles if deadline > now}
+    assert {outcome_of(handles[deadline]).ending for deadline in deadlines} == {"deadline"}
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "deadline"])
+def test_a_stream_that_is_broken_off_tells_what_was_held_back(
+    reason: Ending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last piece is the beginning of a stop string that will not be completed."""
+    monkeypatch.setattr(engine_module, "BLOCK", 3)
+    clock = Clock()
+    engine = open_engine(Script("abcd"), clock=clock)
+    handle = engine.submit(ask("a", 100, stop=("dX",), is_streamed=True, deadline=1.0))
+    engine.step()
+    engine.step()
+    if reason == "cancelled":
+        handle.cancel()
+    clock.now = 1.0
+    engine.step()
+    assert [piece.text for piece in handle] == ["a", "bc", "d"]
+    outcome = handle.result()
+    assert (outcome.ending, outcome.text) == (reason, "abcd")
+
+
 def test_a_deadline_that_has_passed_is_no_work() -> None:
     """A request that comes too late is told so, and nothing is read for it."""
     network, clock = Chance(), Clock()
@@ -475,7 +516,7 @@ def test_every_request_has_one_outcome_and_it_is_the_plain_loops(data: st.DataOb
                 try:
                     accepted[engine.submit(request)] = request
                 except BusyError:
-                    assert engine.load.waiting == 6
+                    assert engine.load.active + engine.load.waiting == engine.capacity + 6
                 except ClosedError:
                     assert is_closed
             elif move == "cancel" and accepted:
@@ -496,6 +537,9 @@ def test_every_request_has_one_outcome_and_it_is_the_plain_loops(data: st.DataOb
                 is_closed = True
             else:
                 engine.step()
+                for handle, request in accepted.items():
+                    if request.deadline is not None and clock.now >= request.deadline:
+                        assert isinstance(ledger.events[handle][-1], Outcome)
         if data.draw(st.booleans()):
             engine.close()
             cancelled |= accepted.keys()
@@ -559,6 +603,22 @@ def test_block_lengths_do_not_matter(
     asked = [make() for make in VARIED]
     for request, outcome in zip(asked, serve(open_engine(Chance(), alphabet), *asked), strict=True):
         assert_equal(outcome, alone(request, alphabet))
+
+
+def test_judged_rows_make_short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many steps as there is room for their logits, at least one, whatever has to be read."""
+    monkeypatch.setattr(batch_module, "JUDGED_LIMIT", 6 * SIZE)
+    network = Chance(capacity=9)
+    engine = open_engine(network)
+    lengths: list[int] = []
+    for judged in (0, 1, 1, 7):
+        for _ in range(judged):
+            engine.submit(ask("ab" * 50, 1000, logprobs=0))
+        engine.submit(ask("ab" * 50, 1000, seed=len(lengths)))
+        before = len(network.fed)
+        engine.step()
+        lengths.append(len(network.fed) - before)
+    assert lengths == [BLOCK, 6, 3, 1]
 
 
 def test_a_slow_step_makes_short_blocks() -> None:
@@ -655,10 +715,26 @@ def test_nothing_to_score_is_no_work() -> None:
 def test_a_full_queue_refuses() -> None:
     """Beyond the limit `BusyError` is raised, and room is made as soon as requests are served."""
     engine = open_engine(Chance(capacity=1), waiting=2)
-    handles = [engine.submit(ask()) for _ in range(2)]
+    handles = [engine.submit(ask()) for _ in range(3)]
     with pytest.raises(BusyError, match="2 requests"):
         engine.submit(ask())
     engine.step()
+    handles.append(engine.submit(ask()))
+    while engine.step():
+        pass
+    assert [outcome_of(handle).ending for handle in handles] == ["length"] * 4
+
+
+def test_who_has_a_row_does_not_wait() -> None:
+    """Where none may wait, as many requests are served as there are rows, and no more."""
+    engine = open_engine(Chance(capacity=2), waiting=0)
+    handles = [engine.submit(ask("a", 40)) for _ in range(2)]
+    for _ in range(2):  # before they have their rows, and when they have
+        with pytest.raises(BusyError):
+            engine.submit(ask())
+        engine.step()
+    while engine.step():
+        pass
     handles.append(engine.submit(ask()))
     while engine.step():
         pass
@@ -667,11 +743,12 @@ def test_a_full_queue_refuses() -> None:
 
 def test_those_who_wait_for_a_reader_count_as_waiting() -> None:
     """Choices whose prompt is being read fill the queue too."""
-    engine = open_engine(Chance(), waiting=2)
+    engine = open_engine(Chance(capacity=2), waiting=2)
     prompt = prompt_of("abcdefgh" * 20)
     engine.submit(ask(prompt))
     engine.submit(ask(prompt))
     engine.step()
+    engine.submit(ask("a"))  # takes the other row
     engine.submit(ask(prompt))
     with pytest.raises(BusyError):
         engine.submit(ask("a"))
@@ -882,6 +959,22 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(scored: bool) -> None:
     for request, outcome in zip(neighbours, outcomes[::2], strict=True):
         assert_equal(outcome, alone(request))
     assert_idle(engine)
+
+
+def test_a_text_that_has_ended_needs_no_more_numbers() -> None:
+    """Logits that are no numbers, in the steps of a block after a text's end, are no error."""
+    network = Script("abcde")
+    engine = open_engine(network)
+
+    def break_down() -> None:
+        if len(network.fed) == 10:
+            network.logits_of_all = np.nan
+
+    network.before_step = break_down
+    stopped, unfinished = serve(engine, ask("a", 50, stop=("de",)), ask("a", 50))
+    assert (stopped.ending, stopped.text, stopped.error) == ("stop", "abc", None)
+    assert (unfinished.ending, unfinished.text) == ("failed", "abcdeabcde")
+    assert isinstance(unfinished.error, ModelError)
 
 
 # The cache of states
@@ -1120,7 +1213,7 @@ def test_an_unfinished_request_does_not_hold_the_interpreter() -> None:
         from charloom.tokenizer import CharacterTokenizer
 
         class Endless:
-            vocabulary_size, capacity = 3, 2
+            vocabulary_size, capacity, fingerprint = 3, 2, "endless"
             def step(self, tokens): return np.zeros((len(tokens), 3), np.float32)
             def clear(self, row): pass
 

@@ -1,6 +1,7 @@
 import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import charloom
 from charloom.architecture import Architecture
 from charloom.cell import Floats, Network, State
 from charloom.checkpoint import Checkpoint, ModelWriter
+from charloom.decoding.decoder import choose_kernel
 from charloom.decoding.draws import uniforms
 from charloom.decoding.request import Handle, Prompt, Request
 from charloom.errors import (
@@ -74,6 +76,7 @@ class ScriptedDecoder:
     def __init__(self, vocabulary_size: int, script: list[int], *, capacity: int = 8) -> None:
         self.vocabulary_size = vocabulary_size
         self.capacity = capacity
+        self.fingerprint = "script"
         self.script = script
         self.read_tokens: list[int] = []
         self._fed = np.zeros(capacity, np.int64)
@@ -239,13 +242,39 @@ def test_an_engine_can_be_stepped_by_hand() -> None:
 
 def test_requests_beyond_those_that_may_wait_are_refused() -> None:
     """How many may wait is the model's to say."""
-    engine = Model(make_checkpoint(), own_thread=False, waiting=2).engine("auto")
+    engine = Model(make_checkpoint(), own_thread=False, capacity=3, waiting=2).engine("auto")
     request = Request(prompt=Prompt(LETTERS.encode("a")), params=SamplingParams(), seed=0)
-    handles = [engine.submit(request) for _ in range(2)]
+    handles = [engine.submit(request) for _ in range(5)]
     with pytest.raises(BusyError):
         engine.submit(request)
     engine.close()
     assert {handle.result().ending for handle in handles} == {"cancelled"}
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 2, 100])
+def test_more_choices_than_may_wait_are_written(waiting: int) -> None:
+    """As many are under way as have rows or may wait, so none is refused."""
+    model = Model(make_checkpoint(), capacity=2, waiting=waiting)
+    texts = [result.text for result in model.choices("ab", n=9, max_tokens=5, seed=3)]
+    assert texts == [result.text for result in MODEL.choices("ab", n=9, max_tokens=5, seed=3)]
+
+
+def test_a_text_names_what_its_bytes_depend_on() -> None:
+    """The signature is that of equal models, whatever their threads, and of no other model or
+    decoder.
+    """
+    result = MODEL.generate("ab", max_tokens=3, precision="float32")
+    assert result.fingerprint == MODEL.signature("float32")
+    assert result.fingerprint == Model(make_checkpoint(), threads=2).signature("float32")
+    changed = replace(make_checkpoint(), fingerprint="1" * 64)
+    others = [Model(changed).signature("float32"), scripted("a")[0].signature("float32")]
+    assert len({result.fingerprint, *others}) == 3
+
+
+@pytest.mark.skipif(choose_kernel("int8") == "float32", reason="int8 is not exact here")
+def test_each_arithmetic_has_its_own_signature() -> None:
+    """A text in 8 bits is not promised to be the one in float32."""
+    assert MODEL.signature("int8") != MODEL.signature("float32")
 
 
 def test_no_states_are_kept_where_there_is_no_room_for_them() -> None:
@@ -555,7 +584,7 @@ def test_a_text_that_is_no_longer_waited_for_is_written_no_further(
 
 
 def test_a_bias_names_a_token_by_text_or_number() -> None:
-    """Both forms mean the same token: one makes it certain, the other forbids it."""
+    """Both forms mean the same token: one makes it certain, the other all but forbids it."""
     number = int(LETTERS.encode("c")[0])
     for name in ("c", number):
         assert MODEL.generate("a", logit_bias={name: 100}, max_tokens=5, seed=0).text == "ccccc"
@@ -629,7 +658,8 @@ def test_a_saved_model_writes_what_it_wrote_in_memory(tmp_path: Path) -> None:
     expected = Model(checkpoint).generate("ab", seed=1, max_tokens=50)
     for path in (tmp_path / "tiny", str(tmp_path / "tiny")):
         model = charloom.load(path)
-        assert model.generate("ab", seed=1, max_tokens=50) == expected
+        saved = replace(expected, fingerprint=model.signature("auto"))  # one made up in memory
+        assert model.generate("ab", seed=1, max_tokens=50) == saved
         assert len(model.fingerprint) == 64
 
 

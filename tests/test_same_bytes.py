@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,19 +15,24 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from charloom.architecture import Architecture, Cell
 from charloom.checkpoint import Checkpoint, ModelWriter
 from charloom.cli import main
 from charloom.cli.judgements import judgements
-from charloom.decoding.decoder import GraphDecoder, Kernel
-from charloom.model import Generation, Model
+from charloom.decoding.decoder import GraphDecoder, Kernel, choose_kernel
+from charloom.decoding.request import Handle, Piece, Prompt, Request
+from charloom.model import Generation, Model, Stream
 from charloom.params import SEED_LIMIT, SamplingParams
 from charloom.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
 
 pytestmark = pytest.mark.slow
 
 LETTERS = "abcdefgh \n"
+
+CROWD = 64
+"""Texts written together, of which one looks at one or a few."""
 
 Precise = Literal["float32", "int8"]
 
@@ -82,6 +87,22 @@ def make_decoder(kind: str, kernel: Kernel) -> GraphDecoder:
     return GraphDecoder(make_checkpoint(kind), kernel, capacity=4, threads=1)
 
 
+class Counted(GraphDecoder):
+    """The real decoder for a crowd; `fed` says how many rows each step had."""
+
+    def __init__(self, kind: str, kernel: Kernel) -> None:
+        self.fed: list[int] = []
+        super().__init__(make_checkpoint(kind), kernel, capacity=CROWD, threads=1)
+
+    def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Feed a token to each of the first rows."""
+        self.fed.append(len(tokens_B))
+        return super().step(tokens_B)
+
+
+make_counted_decoder = cache(Counted)
+
+
 def make_lonely_model(kind: str) -> Model:
     """A model whose cache is empty and whose engine has nothing else to do."""
     return Model(make_checkpoint(kind), make_decoder=lambda kernel: make_decoder(kind, kernel))
@@ -100,6 +121,18 @@ class Asked:
     prompt: str
     params: SamplingParams
     choice: int
+
+    def request(self, model: Model, is_streamed: bool) -> Request:
+        """The same as the engine is asked it."""
+        assert self.params.seed is not None
+        return Request(
+            prompt=Prompt(model.tokenizer.encode(self.prompt, unknown=self.params.unknown)),
+            params=self.params,
+            seed=self.params.seed,
+            choice=self.choice,
+            bias_V=model.bias(self.params),
+            is_streamed=is_streamed,
+        )
 
 
 def ask(model: Model, asked: Asked) -> Generation:
@@ -171,12 +204,10 @@ def requests(precision: Precise, *, stop: bool = True) -> st.SearchStrategy[Aske
     )
 
 
-def make_crowd(
-    model: Model, precision: Precise, rng: np.random.Generator
-) -> Iterator[Callable[[], None]]:
-    """Texts of all sorts under way in a model; each that is given can be got rid of."""
+def make_crowd(model: Model, precision: Precise, rng: np.random.Generator) -> Iterator[Stream]:
+    """Texts of all sorts under way in a model."""
     while True:
-        stream = model.stream(
+        yield model.stream(
             "".join(rng.choice(list(LETTERS), rng.integers(0, 20))),
             max_tokens=int(rng.integers(0, 60)),
             temperature=float(rng.uniform(0, 2)),
@@ -190,7 +221,6 @@ def make_crowd(
             logprobs=None if rng.random() < 0.5 else 1,
             precision=precision,
         )
-        yield stream.close if rng.random() < 0.3 else lambda stream=stream: stream.result() and None
 
 
 @everywhere
@@ -198,25 +228,37 @@ def make_crowd(
 @given(data=st.data())
 @settings(max_examples=8)
 def test_alone_and_in_a_crowd(kind: str, precision: Precise, data: st.DataObject) -> None:
-    """Among 63 others, which come and go at random, a request gets the text it gets alone."""
+    """Among 63 others at every step, which come and go, a request gets the text it gets alone."""
     asked = data.draw(st.lists(requests(precision), min_size=1, max_size=6), "asked")
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "crowd"))
     expected = [ask_alone(kind, one) for one in asked]
-    model = make_model(kind, 1)
+    decoder = make_counted_decoder(kind, choose_kernel(precision))
+    decoder.fed.clear()
+    model = Model(make_checkpoint(kind), own_thread=False, make_decoder=lambda _: decoder)
+    engine = model.engine(precision)
     crowd = make_crowd(model, precision, rng)
-    others = [next(crowd) for _ in range(30)]
-    streams = []
-    for one in asked:
-        streams.append(model.stream(one.prompt, one.params, choice=one.choice))
-        others += [next(crowd) for _ in range(rng.integers(0, 6))]
-        rng.shuffle(others)
-        others.pop()()
-    others += [next(crowd) for _ in range(63 - len(others))]
-    assert [ask(model, one) for one in asked] == expected
-    assert ["".join(stream) for stream in streams] == [result.text for result in expected]
-    assert [stream.result() for stream in streams] == expected
-    for finish in others:
-        finish()
+    others: list[Stream] = []
+    handles: list[Handle] = []
+    pieces: dict[Handle, str] = {}
+    while len(others) < 2 * CROWD or any(handle.outcome is None for handle in handles):
+        # More than there are rows, as some have nothing to write and never take one.
+        while engine.load.active + engine.load.waiting < CROWD + 20:
+            others.append(next(crowd))
+        if len(handles) < len(asked):
+            handles.append(engine.submit(asked[len(handles)].request(model, rng.random() < 0.5)))
+        if rng.random() < 0.3:
+            others[-int(rng.integers(1, CROWD))].close()
+        engine.step()
+        for handle in handles:
+            told = [event.text for event in handle.take() if isinstance(event, Piece)]
+            pieces[handle] = pieces.get(handle, "") + "".join(told)
+    assert set(decoder.fed) == {CROWD}
+    engine.close()
+    for handle, result in zip(handles, expected, strict=True):
+        outcome = handle.result()
+        assert (outcome.text, tuple(outcome.tokens)) == (result.text, result.tokens)
+        assert (outcome.ending, outcome.logprobs) == (result.finish_reason, result.logprobs)
+        assert pieces[handle] in ("", result.text)
 
 
 @everywhere
@@ -256,8 +298,11 @@ def test_branched_from_a_prompt_read_once(
     others = [next(crowd) for _ in range(20)]
     choices = list(model.choices(asked.prompt, replace(asked.params, n=count)))
     assert choices == [ask_alone(kind, replace(asked, choice=k)) for k in range(count)]
-    for finish in others:
-        finish()
+    for other in others:
+        if rng.random() < 0.3:
+            other.close()
+        else:
+            other.result()
 
 
 @everywhere

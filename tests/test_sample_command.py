@@ -77,6 +77,37 @@ def sample_process(models: Path, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
+def run_redirected(models: Path, arguments: str) -> "subprocess.CompletedProcess[bytes]":
+    """Run `charloom ...` as a shell does that is given these words."""
+    program = "from charloom.cli import main; main(prog_name='charloom')"
+    command = [sys.executable, "-c", program, "--models", str(models)]
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {arguments}', "sh", *command], capture_output=True, check=False
+    )
+
+
+def show(models: Path, *arguments: str, is_piped: bool = True) -> tuple[bytes | None, str]:
+    """What `charloom sample tiny ...` writes to standard output, if a pipe, and to a terminal."""
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))  # in none there is no room for a bar
+    program = "from charloom.cli import main; main(prog_name='charloom')"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "--models", str(models), "sample", "tiny", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if is_piped else terminal,
+        stderr=terminal,
+    ) as process:
+        stdout = process.communicate()[0]
+    os.write(terminal, b"\0")  # so that there is something to read
+    shown = b""
+    while not shown.endswith(b"\0"):
+        shown += os.read(controller, 1 << 16)
+    os.close(terminal)
+    os.close(controller)
+    return stdout, shown.decode()
+
+
 def test_plain_output_is_prompt_and_continuation(run: Run, model: Model) -> None:
     """Standard output holds the prompt, the text of Python's generate and a line's end, no more."""
     result = run("abc", "--seed", "3", "--max-tokens", "40")
@@ -222,6 +253,41 @@ def test_a_full_disk_is_a_sentence(models: Path) -> None:
     assert result.stderr.decode() == (
         "Standard output cannot be written: No space left on device; send it elsewhere.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("sample tiny abc >&-", "Standard output is closed; send it somewhere, such as > FILE.\n"),
+        (
+            "sample tiny --interactive <&-",
+            "Standard input is closed; give it a text, such as < FILE.\n",
+        ),
+        (
+            "sample tiny --prompt-file - <&-",
+            "Standard input is closed; give it a text, such as < FILE.\n",
+        ),
+    ],
+)
+def test_a_closed_standard_stream_is_a_sentence(
+    models: Path, arguments: str, sentence: str
+) -> None:
+    """No traceback; status 2."""
+    result = run_redirected(models, arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (2, b"", sentence.encode())
+
+
+def test_a_closed_standard_output_stops_no_other_command(models: Path) -> None:
+    """Most tell there only what they have done."""
+    result = run_redirected(models, "models list >&-")
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_a_closed_standard_error_stops_no_text(models: Path) -> None:
+    """What has nowhere to be shown is not shown."""
+    result = run_redirected(models, "sample tiny abc -n 2 --max-tokens 1 2>&-")
+    assert result.returncode == 0
+    assert result.stdout.count(b"abc") == 2
 
 
 def test_temperature_zero_takes_the_most_likely_characters(run: Run, model: Model) -> None:
@@ -410,6 +476,13 @@ def test_interactive_answers_each_line(run: Run) -> None:
     assert result.stderr == ""
 
 
+def test_interactive_takes_lines_of_windows(run: Run) -> None:
+    """CRLF ends a line as LF does; a carriage return elsewhere is part of the prompt."""
+    options = ("--interactive", "--seed", "2", "--max-tokens", "9")
+    assert run(*options, input=b"ab\r\n").stdout_bytes == run(*options, input=b"ab\n").stdout_bytes
+    assert run(*options, input=b"a\rb\r\r\n").stdout_bytes.startswith(b"a\rb\r")
+
+
 def test_interactive_json_is_a_line_per_prompt(run: Run) -> None:
     """A file of prompts becomes a file of texts."""
     result = run("--interactive", "--json", "--max-tokens", "4", input="a\nb\n")
@@ -445,3 +518,21 @@ def test_interactive_on_a_terminal(models: Path) -> None:
     assert stderr.decode().startswith("> ")
     assert stderr.decode().count("> ") == 3
     assert "U+00E9" in stderr.decode()
+
+
+def test_progress_is_shown_on_a_terminal(models: Path) -> None:
+    """Texts that go elsewhere are counted there, with their characters, and stay the same."""
+    options = ("a", "-n", "3", "--max-tokens", "4", "--seed", "1")
+    stdout, shown = show(models, *options)
+    assert stdout == run_redirected(models, f"sample tiny {' '.join(options)}").stdout
+    assert "3/3" in shown
+    assert "12 characters" in shown
+
+
+def test_progress_is_shown_only_where_there_is_some_to_see(models: Path) -> None:
+    """Not for one text, not among texts on the same terminal, and not where there is none."""
+    options = ("--max-tokens", "4", "--seed", "1", "--json")
+    one, several = ("a", "-n", "1", *options), ("a", "-n", "3", *options)
+    assert "/1" not in show(models, *one)[1]
+    assert "/3" not in show(models, *several, is_piped=False)[1]
+    assert run_redirected(models, f"sample tiny {' '.join(several)}").stderr == b""

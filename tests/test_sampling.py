@@ -303,6 +303,14 @@ def test_draw_table_of_a_large_vocabulary(places: list[int]) -> None:
     assert draw(urn_of(weights), uniform).tolist() == wanted
 
 
+def test_a_draw_that_rounds_out_of_its_stride_stays_in_it() -> None:
+    """Where the sum up to a stride cannot be told from the place, no token without weight falls."""
+    weights = np.zeros((1, LARGE), np.float32)
+    # The third stride's sum, 1 + 3/2 ulp, is rounded up, and less its share again, above the place.
+    weights[0, [0, 64, 128 + 5]] = [1.0, 2.0**-52, 2.0**-53]
+    assert draw(urn_of(weights), np.array([ALMOST_ONE])).tolist() == [128 + 5]
+
+
 # The order
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import resource
 import subprocess
@@ -127,11 +128,58 @@ def test_a_line_is_written_as_it_was(run: Run) -> None:
             assert [row.partition("\t")[2] for row in rows] == ["a\r", "\tžb", ""]
 
 
+def test_the_end_of_a_line_on_windows_is_an_end(run: Run, lines: Model) -> None:
+    """A model of documents sees neither LF nor CRLF; a carriage return elsewhere is text."""
+    windows, unix = (run("lines", text=text).stdout_bytes for text in ("ab\r\nc\r\n", "ab\nc\n"))
+    assert windows == unix.replace(b"\n", b"\r\n")
+    rows = read_json(run("lines", "--json", text="a\rb\r\r\nc\r"))
+    assert [row["text"] for row in rows] == ["a\rb\r", "c\r"]
+    assert rows[1]["bits"] == lines.score("c\r").bits
+
+
+def test_in_plain_text_a_carriage_return_counts(run: Run, plain: Model) -> None:
+    """There the end of a line is text, whichever it is."""
+    (row,) = read_json(run("plain", "--json", text="ab\r\n"))
+    assert row["text"] == "ab\r\n"
+    assert row["bits"] == plain.score("ab\r\n").bits
+
+
+@pytest.mark.parametrize("name", ["plain", "lines"])
+def test_a_byte_order_mark_is_no_text(run: Run, name: str) -> None:
+    """At the very start it belongs to the encoding; anywhere else it is a character."""
+    result = run(name, text="\ufeffab\r\nc\n")
+    assert result.stdout == run(name, text="ab\r\nc\n").stdout
+    assert result.stderr == ""
+    rows = read_json(run(name, "--json", text="\ufeff\ufeffa\n\ufeffb\n"))
+    assert [row["unknown"] for row in rows] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["plain", "lines"])
+def test_score_and_evaluate_agree(run: Run, models: Path, tmp_path: Path, name: str) -> None:
+    """A text costs the same line by line as in all, as an editor on Windows saves it too."""
+    path = tmp_path / "text.txt"
+    path.write_bytes("\ufeffabc\r\n春 h\r\nžab\r\n".encode())
+    rows = read_json(run(name, "--json", str(path)))
+    result = CliRunner().invoke(
+        main, ["--models", str(models), "evaluate", name, str(path), "--json", "--threads", "1"]
+    )
+    figures = json.loads(result.stdout)["stateful"]
+    characters = sum(row["characters"] for row in rows)
+    assert (figures["characters"], figures["unknown"]) == (characters, 1)
+    bits = sum(row["bits"] for row in rows)
+    assert figures["bits_per_character"] == pytest.approx(bits / characters)
+
+
 def test_what_has_no_score_has_a_dash(run: Run) -> None:
     """A line of no characters in a document, and the first line of plain text where it is one."""
     assert run("lines", text="\n").stdout == "-\t\n"
     assert run("plain", text="\n").stdout == "-\t\n"
     assert re.fullmatch(r"-\t\n\d+\.\d{4}\t\n", run("plain", text="\n\n").stdout)
+
+
+def test_what_has_no_score_costs_no_bits(run: Run) -> None:
+    """As JSON it is 0.0 and not -0.0."""
+    assert '"bits": 0.0,' in run("plain", "--json", text="\n").stdout
 
 
 @pytest.mark.parametrize("name", ["plain", "lines"])
@@ -244,6 +292,22 @@ def test_a_file_that_cannot_be_read_is_a_sentence(run: Run, tmp_path: Path) -> N
         assert cause in result.stderr
 
 
+def test_a_closed_standard_stream_is_a_sentence(models: Path) -> None:
+    """No traceback; status 2."""
+    for redirection, sentence in (
+        ("<&-", "Standard input is closed; give it a text, such as < FILE.\n"),
+        (">&- < /dev/null", "Standard output is closed; send it somewhere, such as > FILE.\n"),
+    ):
+        command = [sys.executable, "-c", PROGRAM, "--models", str(models), "score", "plain"]
+        result = subprocess.run(
+            ["sh", "-c", f'"$@" {redirection}', "sh", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (result.returncode, result.stdout, result.stderr) == (2, "", sentence)
+
+
 def test_a_model_that_is_not_there_is_a_sentence(run: Run) -> None:
     """The name is told, with exit status 2."""
     result = run("nowhere")
@@ -281,6 +345,29 @@ def test_a_full_disk_is_a_sentence(models: Path) -> None:
     assert result.stderr.decode() == (
         "Standard output cannot be written: No space left on device; send it elsewhere.\n"
     )
+
+
+@pytest.mark.parametrize("name", ["plain", "lines"])
+def test_lines_are_answered_where_the_input_pauses(models: Path, name: str) -> None:
+    """In a log that is still written each line has its score before the next one comes."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "--models", str(models), "score", name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        deadline = threading.Timer(30, process.kill)  # an answer that is held back is none
+        deadline.start()
+        for written, answered in ((b"abc\n", [b"abc"]), (b"de\nf\nhalf", [b"de", b"f"])):
+            process.stdin.write(written)
+            for line in answered:
+                assert process.stdout.readline().endswith(b"\t" + line + b"\n")
+        process.stdin.close()
+        assert process.stdout.readline().endswith(b"\thalf\n")
+        deadline.cancel()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from charloom import scoring
 from charloom.architecture import Architecture, Cell
 from charloom.cell import Network
 from charloom.checkpoint import Checkpoint
+from charloom.decoding.request import Handle, Piece
 from charloom.errors import ModelError, OptionError, UnknownTextError
 from charloom.model import Model
 from charloom.scoring import Score
@@ -174,7 +176,7 @@ def test_a_text_of_one_character_has_no_score_in_plain_text() -> None:
     """There is a token, and nothing to say of it."""
     score = make_model().score("a")
     assert score.pieces == ("a",)
-    assert score.bits == 0.0
+    assert str(score.bits) == "0.0"  # and not -0.0
     assert math.isnan(score.bits_per_character)
 
 
@@ -309,6 +311,91 @@ def test_texts_are_taken_as_they_are_needed() -> None:
         scores = (scorer.together if documents == "none" else scorer.apart)(lines())
         assert next(scores).text == "abcdefgh\n"
         assert taken <= limit
+
+
+@pytest.mark.parametrize("documents", ["none", "lines"])
+def test_where_the_texts_pause_those_before_are_scored(documents: str) -> None:
+    """None stands for a pause: what came before it is told first, and no number changes."""
+    scorer = make_model(documents=documents).scorer()
+    told: list[str] = []
+    written: list[str] = []
+    pauses = 0
+
+    def lines() -> Any:
+        nonlocal pauses
+        for text in ("ab\n", None, None, "c", "de", None, ""):
+            if text is not None:
+                written.append(text)
+            yield text
+            if text is None:
+                assert told == written
+                pauses += 1
+
+    for score_all in (scorer.apart, scorer.together):
+        told, written = [], []
+        whole = list(score_all(["ab\n", "c", "de", ""]))
+        scores = []
+        for score in score_all(lines()):
+            told.append(score.text)
+            scores.append(score)
+        for name in ("tokens_N", "logprobs_N"):
+            np.testing.assert_array_equal(joined(scores, name), joined(whole, name))
+    assert pauses == 6
+
+
+LONG = "abcdefgh" * 500
+
+
+def close_apart(model: Model) -> None:
+    """Take the first of several scores and no other."""
+    scores = model.scorer().apart(["a", LONG, LONG])
+    next(scores)
+    scores.close()
+
+
+def read_pieces(model: Model) -> None:
+    """Judge pieces of tokens, as evaluation does."""
+    tokens_N = np.ones(3000, np.int32)
+    list(model.scorer().pieces(tokens_N, np.array([0, 1000]), np.array([1000, 1000])))
+
+
+@pytest.mark.parametrize(
+    ("score", "answered"),
+    [
+        (close_apart, 1),
+        (lambda model: model.score(LONG), 0),
+        (lambda model: list(model.scorer().apart(["a", LONG, LONG])), 1),
+        (lambda model: list(model.scorer().together([LONG, LONG])), 0),
+        (read_pieces, 0),
+    ],
+    ids=["close", "score", "apart", "together", "pieces"],
+)
+def test_a_text_that_is_no_longer_waited_for_is_read_no_further(
+    score: Callable[[Model], Any], answered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After close or Ctrl-C nothing is left to do, even while the traceback is kept."""
+    model = Model(make_model().checkpoint, threads=1, own_thread=False)
+    engine = model.engine("auto")
+    waits = 0
+
+    def wait(handle: Handle) -> Piece | None:
+        nonlocal waits
+        waits += 1
+        if waits > answered:
+            raise KeyboardInterrupt
+        while handle.outcome is None:
+            engine.step()
+            handle.take()
+        return None
+
+    monkeypatch.setattr(Handle, "next", wait)
+    kept = None
+    try:
+        score(model)
+    except KeyboardInterrupt as interrupt:
+        kept = interrupt
+    assert not engine.step()
+    assert (kept is None) == (score is close_apart)
 
 
 def test_a_scored_text_changes_no_text_written_later() -> None:

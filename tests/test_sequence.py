@@ -120,6 +120,51 @@ def test_a_text_does_not_depend_on_the_blocks_it_comes_in(
     assert results[0] == results[1]
 
 
+@given(text=st.text("ab\né€😀", max_size=12), data=st.data())
+def test_a_text_and_its_continuation_are_the_whole_text(text: str, data: st.DataObject) -> None:
+    """Cut anywhere, within a character too, the two texts together are the one, stream or not."""
+    tokens = BYTES.encode(text).tolist()
+    cut = data.draw(st.integers(0, len(tokens)))
+    begun = begin(BYTES)
+    before = begun.extend(tokens[:cut]) + begun.end()
+    for block in (1, len(tokens) + 1):
+        prompt = np.array([BYTES.end, *tokens[:cut]], np.int32)
+        rest = Sequence(SamplingParams(), BYTE_ALPHABET, script=prompt)
+        parts = [rest.extend(tokens[at : at + block]) for at in range(cut, len(tokens), block)]
+        assert before + "".join(parts) + rest.end() == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drawn", "text"),
+    [
+        (b"a\xc3", b"\xa9b", "éb"),
+        (b"\xe2\x82", b"\xac", "€"),
+        (b"\xf0\x9f\x98", b"\x80", "😀"),
+        (b"\xf0\x9f\x98\x80", b"a", "a"),
+        (b"\xf0\x9f\xc3", b"\xa9", "é"),  # the first was never finished
+        (b"\xe2a", b"b", "b"),
+        (b"\xa9", b"b", "b"),  # no beginning of a character
+    ],
+)
+def test_a_character_begun_in_the_prompt_is_shown_whole(
+    prompt: bytes, drawn: bytes, text: str
+) -> None:
+    """The text begins with the character of which the prompt holds the first bytes."""
+    script = np.array(list(prompt), np.int32)
+    sequence = Sequence(SamplingParams(), BYTE_ALPHABET, script=script)
+    assert sequence.extend(list(drawn)) == text
+
+
+def test_a_character_begun_in_the_prompt_can_end_the_text() -> None:
+    """A stop string is found in the text as it is shown; half a character at the limit is not."""
+    script = np.array([0xC3], np.int32)
+    stopped = Sequence(SamplingParams(stop=("é",)), BYTE_ALPHABET, script=script)
+    assert (stopped.extend([0xA9, 97]), stopped.stop) == ("", "é")
+    script = np.array([0xF0], np.int32)
+    limited = Sequence(SamplingParams(max_tokens=2), BYTE_ALPHABET, script=script)
+    assert (limited.extend([0x9F, 0x98]), limited.finish_reason) == ("", "length")
+
+
 def _end_by_brute_force(
     pieces: list[str], stops: list[str], least: int
 ) -> tuple[str, str, str | None, int]:
@@ -260,17 +305,20 @@ def test_tokens_end_with_the_one_that_completed_the_stop_string() -> None:
 class Parrot:
     """A network that says what it is told: after n tokens it is certain of `script[n - 1]`."""
 
-    vocabulary_size = LETTERS.vocabulary_size
     capacity = 1
+    fingerprint = "parrot"
 
-    def __init__(self, script: str) -> None:
-        self._script = iter(LETTERS.encode(script).tolist())
+    def __init__(self, script: str | bytes, tokenizer: Tokenizer = LETTERS) -> None:
+        self.vocabulary_size = tokenizer.vocabulary_size
+        self._last = int(tokenizer.encode("\n")[0])
+        self._script = iter(
+            list(script) if isinstance(script, bytes) else tokenizer.encode(script).tolist()
+        )
 
     def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
         """The next word of the script, and the line's end after the last."""
-        (newline,) = LETTERS.encode("\n").tolist()
         logits = np.zeros((len(tokens_B), self.vocabulary_size), np.float32)
-        logits[:, next(self._script, newline)] = 1000
+        logits[:, next(self._script, self._last)] = 1000
         return logits
 
     def read(self, row: int) -> NDArray[np.float32]:
@@ -299,6 +347,29 @@ def test_a_stop_string_does_not_reach_into_the_prompt() -> None:
         pass
     outcome = handle.result()
     assert (outcome.text, outcome.ending) == ("cab", "length")
+
+
+def test_the_engine_knows_the_character_that_a_prompt_has_begun() -> None:
+    """A prompt of tokens that ends within a character gives it whole, streamed as well."""
+    alphabet = Alphabet(BYTES, documents=False)
+    for is_streamed in (False, True):
+        engine = Engine(
+            Parrot(b"\xc3\xa9b", BYTES),
+            alphabet,
+            np.zeros(BYTES.vocabulary_size, np.float32),
+            own_thread=False,
+        )
+        request = Request(
+            prompt=Prompt(np.array([97, 0xC3], np.int32)),
+            params=SamplingParams(max_tokens=2),
+            seed=0,
+            is_streamed=is_streamed,
+        )
+        handle = engine.submit(request)
+        while engine.step():
+            pass
+        assert "".join(piece.text for piece in handle) == ("éb" if is_streamed else "")
+        assert handle.result().text == "éb"
 
 
 def test_a_stop_string_completed_at_the_limit_is_a_stop() -> None:

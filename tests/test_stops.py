@@ -1,8 +1,14 @@
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charloom.decoding.stops import StopMatcher
+from charloom.decoding.stops import StopMatcher, StopTable, stop_table
 
 
 def cut_by_brute_force(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -44,7 +50,7 @@ some_stops = st.lists(st.text("ab", min_size=1, max_size=4) | st.just("abcab"), 
 @given(pieces=st.lists(few_letters, max_size=8), stops=some_stops)
 def test_stops_are_found_as_by_brute_force(pieces: list[str], stops: list[str]) -> None:
     """However the text is cut, what leaves is the text before the first stop completed."""
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(tuple(stops))
     released = "".join(matcher.push(piece) for piece in pieces) + matcher.flush()
     assert (released, matcher.matched) == cut_by_brute_force("".join(pieces), stops)
 
@@ -52,7 +58,7 @@ def test_stops_are_found_as_by_brute_force(pieces: list[str], stops: list[str]) 
 @given(text=few_letters, stops=some_stops)
 def test_only_what_may_still_match_is_held_back(text: str, stops: list[str]) -> None:
     """After every character all is released but the longest end that begins a stop."""
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(tuple(stops))
     released = ""
     for end, character in enumerate(text, start=1):
         released += matcher.push(character)
@@ -69,7 +75,7 @@ def test_a_stop_completed_too_early_is_text(
     """Only from some piece on may a stop end the text, though it may have begun before."""
     before, stop, end = end_by_brute_force(pieces, least, stops)
     for is_shown in (False, True):
-        matcher = StopMatcher(stops, is_shown=is_shown)
+        matcher = StopMatcher(tuple(stops), is_shown=is_shown)
         released = "".join(
             matcher.push(piece, may_end=number >= least)
             for number, piece in enumerate(pieces, start=1)
@@ -82,7 +88,7 @@ def test_a_stop_completed_too_early_is_text(
 @given(text=few_letters, stops=some_stops)
 def test_only_what_may_match_later_is_held_back(text: str, stops: list[str]) -> None:
     """Where no stop may end the text yet, the longest end that some stop goes on from is held."""
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(tuple(stops))
     released = ""
     for end, character in enumerate(text, start=1):
         released += matcher.push(character, may_end=False)
@@ -98,7 +104,7 @@ def test_only_what_may_match_later_is_held_back(text: str, stops: list[str]) -> 
 @given(text=few_letters, stops=some_stops)
 def test_a_stop_that_is_shown_holds_nothing_back(text: str, stops: list[str]) -> None:
     """Each character leaves at once, up to the last one of the stop."""
-    matcher = StopMatcher(stops, is_shown=True)
+    matcher = StopMatcher(tuple(stops), is_shown=True)
     for character in text:
         assert matcher.push(character) == character
         if matcher.matched is not None:
@@ -125,7 +131,7 @@ def test_stop_matcher_table(
     stops: list[str], pieces: list[str], released: list[str], matched: str | None
 ) -> None:
     """Cases worked out by hand: split, false start, cut off, overlapping, self-overlapping."""
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(tuple(stops))
     assert [*map(matcher.push, pieces), matcher.flush()] == released
     assert matcher.matched == matched
 
@@ -133,26 +139,61 @@ def test_stop_matcher_table(
 def test_a_long_stop_costs_no_more_than_a_look_up_for_each_character() -> None:
     """A text made to go back at each character ends with as many moves as states, not squared."""
     stop = "a" * 400 + "b"
-    matcher = StopMatcher([stop])
+    matcher = StopMatcher((stop,))
     text = "a" * 10_000
     assert matcher.push(text) == "a" * 9_600
     assert matcher.push("b") == ""
     assert matcher.matched == stop
 
 
+def count_lines(work: Callable[[], object]) -> int:
+    """How many lines of Python are run: what the work costs, on any machine."""
+    lines = 0
+
+    def note(_frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return note
+
+    before = sys.gettrace()
+    sys.settrace(note)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def test_a_table_costs_what_its_stops_have_characters() -> None:
+    """Stops that fall back as far as they can cost a few lines a character, however many."""
+    for count, length in ((2, 400), (64, 60), (64, 120)):
+        stops = tuple("a" * (length - number % 50) + chr(200 + number) for number in range(count))
+        characters = sum(map(len, stops))
+        assert count_lines(partial(StopTable, stops)) < 40 * characters
+
+
+def test_a_table_is_built_once_for_all_texts() -> None:
+    """Texts that look for the same stops, such as a prompt's choices, share what was built."""
+    before = stop_table.cache_info().misses
+    for _ in range(128):
+        matcher = StopMatcher(("no other test", "looks for these"))
+        assert matcher.push("that no other test") == "that "
+    assert stop_table.cache_info().misses == before + 1
+
+
 @given(pieces=st.lists(few_letters, max_size=6))
 def test_without_stop_strings_all_text_passes(pieces: list[str]) -> None:
     """An idle matcher holds nothing back and never matches."""
-    matcher = StopMatcher([])
+    matcher = StopMatcher(())
     assert matcher.is_idle
     assert [*map(matcher.push, pieces), matcher.flush()] == [*pieces, ""]
     assert matcher.matched is None
-    assert not StopMatcher(["a"]).is_idle
+    assert not StopMatcher(("a",)).is_idle
 
 
 def test_nothing_leaves_after_a_match() -> None:
     """What follows a stop string is dropped, and what stood before it was given already."""
-    matcher = StopMatcher(["ab"])
+    matcher = StopMatcher(("ab",))
     assert [matcher.push("xa"), matcher.push("bab"), matcher.push("y"), matcher.flush()] == [
         "x",
         "",

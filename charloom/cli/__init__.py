@@ -13,8 +13,9 @@ import os
 import signal
 import sys
 from importlib import import_module
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import click
 
@@ -27,6 +28,20 @@ INTERRUPTED = 128 + 2
 PIPE_CLOSED = 128 + 13
 
 _STREAM_ERRORS = (errno.ENOSPC, errno.EIO, errno.EBADF)
+
+
+def standard_input() -> BufferedIOBase:
+    """Its bytes; raises `CharloomError` where it is closed, as by `<&-`."""
+    if sys.stdin is None:
+        raise CharloomError("Standard input is closed; give it a text, such as < FILE.")
+    return cast(BufferedIOBase, sys.stdin.buffer)
+
+
+def standard_output() -> BinaryIO:
+    """Its bytes; raises `CharloomError` where it is closed, as by `>&-`."""
+    if sys.stdout is None:
+        raise CharloomError("Standard output is closed; send it somewhere, such as > FILE.")
+    return sys.stdout.buffer
 
 
 class LazyCommand(click.Command):
@@ -71,7 +86,8 @@ class CommandLine(click.Group):
         """Run one command."""
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()  # here, where a closed pipe can still be answered
+            if sys.stdout is not None:  # it is None where the shell was told >&-
+                sys.stdout.flush()  # here, where a closed pipe can still be answered
         except CharloomError as error:
             click.echo(str(error), err=True)
             ctx.exit(error.exit_status)

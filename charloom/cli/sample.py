@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import click
 
 from charloom.checkpoint import find_model
+from charloom.cli import standard_input, standard_output
 from charloom.cli.arithmetic import threads_option
 from charloom.cli.context import Context
 from charloom.cli.judgements import judgements
@@ -49,7 +50,7 @@ class Form:
 @click.option(
     "--interactive",
     is_flag=True,
-    help="Take each line of standard input as a prompt, until its end.",
+    help="Take each line of standard input, without its LF or CRLF, as a prompt, until its end.",
 )
 @options_of(SamplingParams)
 @threads_option
@@ -111,7 +112,7 @@ def sample(
 
 def _continue(model: Model, prompt: str, params: SamplingParams, form: Form) -> None:
     """Write every text of one prompt, in the order of their choice."""
-    stdout = sys.stdout.buffer
+    stdout = standard_output()
     # Drawn here, so that choices that are streamed one by one have it in common.
     seed = draw_seed() if params.seed is None else params.seed
     drawn = replace(params, seed=seed)
@@ -131,7 +132,8 @@ def _continue(model: Model, prompt: str, params: SamplingParams, form: Form) -> 
 
 def _watched(generations: Iterator[Generation], count: int) -> Iterator[Generation]:
     """The texts, with a bar on a terminal that they are not written to themselves."""
-    is_shown = count > 1 and sys.stderr.isatty() and not sys.stdout.isatty()
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    is_shown = count > 1 and is_terminal and not sys.stdout.isatty()
     # Not imported where there is nothing to show: it would be a tenth of the time to start.
     if not is_shown:
         yield from generations
@@ -179,7 +181,7 @@ def _read_prompt(path: str) -> str:
     """The text of --prompt-file."""
     source = "standard input" if path == "-" else path
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        data = standard_input().read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise CharloomError(
             f"The prompt file {source} cannot be read: {error.strerror}; give a readable file."
@@ -199,7 +201,7 @@ def _decode(data: bytes, source: str) -> str:
 
 def _converse(model: Model, params: SamplingParams, form: Form) -> None:
     """Answer each line of standard input; a terminal may go on after one that cannot be encoded."""
-    stdin = sys.stdin.buffer
+    stdin = standard_input()
     is_terminal = sys.stdin.isatty()
     while True:
         if is_terminal:
@@ -208,7 +210,7 @@ def _converse(model: Model, params: SamplingParams, form: Form) -> None:
         if not line:
             break
         try:
-            prompt = _decode(line.removesuffix(b"\n"), "this line")
+            prompt = _decode(line.removesuffix(b"\r\n").removesuffix(b"\n"), "this line")
             _continue(model, prompt, params, form)
         except UnknownTextError as error:
             if not is_terminal:

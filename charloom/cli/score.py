@@ -1,19 +1,24 @@
 """`charloom score`: how surprising each line of a text is to a model.
 
-A model of documents reads each line from a fresh start and is asked for its end; another reads the
-lines as one text, hidden state carried on, and the line's end is a character like any other.
-Standard output carries the product: bits per character, a tab, and the line; or JSON.
+A model of documents reads each line from a fresh start and is asked for its end, which is LF or
+CRLF as in training; another reads the lines as one text, hidden state carried on, and the line's
+end is text like any other.
+Standard output carries the product: bits per character, a tab, and the line; or JSON. Where the
+input pauses, as a log does that is still written, the lines so far are answered.
 """
 
 import json
-import sys
 from collections.abc import Iterator
+from io import BufferedIOBase, BytesIO
+from itertools import tee
 from pathlib import Path
-from typing import Any, BinaryIO
+from select import select
+from typing import Any
 
 import click
 
 from charloom.checkpoint import find_model
+from charloom.cli import standard_input, standard_output
 from charloom.cli.arithmetic import precision_option, threads_option
 from charloom.cli.context import Context
 from charloom.cli.judgements import finite
@@ -22,6 +27,9 @@ from charloom.model import load
 from charloom.params import UNKNOWN_POLICIES, thread_problems
 from charloom.scoring import Score
 from charloom.tokenizer import Tokenizer
+
+BLOCK = 1 << 16
+"""Bytes that are read at a time: as many as a pipe holds."""
 
 
 @click.command()
@@ -67,8 +75,8 @@ def score(
     the line itself, with - for bits where no character has a score. The more bits, the stranger the
     line.
 
-    A model of documents reads each line by itself and is asked for its end; any other reads all
-    lines as one text, and has no score for its first character.
+    A model of documents reads each line by itself, without its LF or CRLF, and is asked for its
+    end; any other reads all lines as one text, and has no score for its first character.
     """
     problems: list[str] = []
     if top < 0:
@@ -81,17 +89,22 @@ def score(
     loaded = load(find_model(model, models=context.models), threads=threads)
     scorer = loaded.scorer(unknown=unknown, precision=precision, top=top)
     lines = Lines(file)
+    read, kept = tee(lines)
     scores = (
-        scorer.together(lines)
-        if loaded.checkpoint.documents == "none"
-        else scorer.apart(line.removesuffix("\n") for line in lines)
+        scorer.apart(None if line is None else _content(line) for line in read)
+        if loaded.documents
+        else scorer.together(read)
     )
+    originals = (line for line in kept if line is not None)
+    stdout = standard_output()
     unknowns = 0
     try:
-        for number, result in enumerate(scores, start=1):
+        # A score first, so that no line is waited for while one is there.
+        for number, (result, line) in enumerate(zip(scores, originals, strict=False), start=1):
             unknowns += result.unknown
-            line = _json(result, number, loaded.tokenizer) if as_json else _plain(result)
-            sys.stdout.buffer.write(line.encode())
+            row = _json(result, number, loaded.tokenizer) if as_json else _plain(result, line)
+            stdout.write(row.encode())
+            stdout.flush()
     except UnknownTextError as error:  # each line is encoded before the next is read
         raise UnknownTextError(f"In line {lines.number} of {lines.source}: {error}") from error
     if unknowns:
@@ -102,10 +115,15 @@ def score(
         )
 
 
-def _plain(result: Score) -> str:
+def _content(line: str) -> str:
+    """What of a line a model of lines was trained on."""
+    return line.removesuffix("\r\n").removesuffix("\n")
+
+
+def _plain(result: Score, line: str) -> str:
     """One line: its bits per character, - where no character has a score, and itself."""
     bits = f"{result.bits_per_character:.4f}" if result.characters else "-"
-    return f"{bits}\t{result.text.removesuffix(chr(10))}\n"
+    return f"{bits}\t{line.removesuffix(chr(10))}\n"
 
 
 def _json(result: Score, number: int, tokenizer: Tokenizer) -> str:
@@ -139,7 +157,10 @@ def _json(result: Score, number: int, tokenizer: Tokenizer) -> str:
 
 
 class Lines:
-    """The lines of a file, each with its end; read as they are asked for."""
+    """The lines of a file, each with its end, and None where there is no more of it for now.
+
+    They are read as they are asked for; a byte order mark at the start is left out.
+    """
 
     def __init__(self, file: str) -> None:
         self.number = 0
@@ -147,9 +168,9 @@ class Lines:
         self.source = "standard input" if file == "-" else file
         self._file = file
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str | None]:
         if self._file == "-":
-            yield from self._decode(sys.stdin.buffer)
+            yield from self._decode(standard_input())
             return
         try:
             with Path(self._file).open("rb") as stream:
@@ -159,12 +180,40 @@ class Lines:
                 f"{self._file} cannot be read: {error.strerror}; give a readable file."
             ) from error
 
-    def _decode(self, stream: BinaryIO) -> Iterator[str]:
-        for self.number, line in enumerate(stream, start=1):
+    def _decode(self, stream: BufferedIOBase) -> Iterator[str | None]:
+        for line in _read_lines(stream):
+            if line is None:
+                yield None
+                continue
+            self.number += 1
             try:
-                yield line.decode()
+                text = line.decode()
             except UnicodeDecodeError as error:
                 raise CharloomError(
                     f"Line {self.number} of {self.source} is not UTF-8: its byte {error.start} is "
                     f"0x{line[error.start]:02x}; convert the text to UTF-8."
                 ) from error
+            yield text.removeprefix("\ufeff") if self.number == 1 else text
+
+
+def _read_lines(stream: BufferedIOBase) -> Iterator[bytes | None]:
+    """The lines of a stream, and None where the next read would wait."""
+    begun: list[bytes] = []
+    while block := stream.read1(BLOCK):
+        for part in BytesIO(block):
+            begun.append(part)
+            if part.endswith(b"\n"):
+                yield b"".join(begun)
+                begun.clear()
+        if not _is_ready(stream):
+            yield None
+    if begun:
+        yield b"".join(begun)
+
+
+def _is_ready(stream: BufferedIOBase) -> bool:
+    """Whether a read would not wait, as that of a file never does."""
+    try:
+        return bool(select([stream], [], [], 0)[0])
+    except (OSError, ValueError):  # nothing that can be asked
+        return True

@@ -85,3 +85,8 @@ class Alphabet:
             for token in tokens:
                 state = int(self.moves_SV[state, token])
         return state
+
+    def find_unfinished(self, tokens: NDArray[np.int32]) -> list[int]:
+        """The last tokens as far as they are a character that is not finished; none if it is."""
+        tails = (tokens[-size:].tolist() for size in range(1, REACH))
+        return next((tail for tail in tails if self.walk(tail) != WHOLE), [])

@@ -110,6 +110,7 @@ class Batch:
     def __init__(self, decoder: Decoder, alphabet: Alphabet) -> None:
         self.rows: list[Row] = []
         self.capacity = decoder.capacity
+        self.fingerprint = decoder.fingerprint
         self._decoder = decoder
         self._alphabet = alphabet
         self._rules: Rules | None = None
@@ -317,12 +318,12 @@ class Batch:
             fresh = [index for index, row in enumerate(self.rows) if row in self._undrawn]
             rows = [self.rows[index] for index in fresh]
             # The first draw follows the token that is fed next; before the text nothing is drawn.
-            first = self._fed[fresh] + 1 - [row.lead for row in rows]
+            first = self._fed[fresh] + 1 - np.array([row.lead for row in rows], np.int64)
             position = first + np.arange(self._ahead - self._draw)[:, None]
             self._draws[self._draw : self._ahead, fresh] = uniforms(
                 np.array([row.seed for row in rows]),
                 np.array([row.choice for row in rows]),
-                position.clip(0),
+                position,
             )
             self._undrawn.clear()
         self._draw += steps

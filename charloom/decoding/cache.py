@@ -135,13 +135,6 @@ class StateCache:
             self._states[key] = state_LPH
             self._tails.setdefault(digest, Counter())[len(tail)] += 1
 
-    def clear(self) -> None:
-        """Forget every state; hits and misses stay counted."""
-        with self._lock:
-            self.bytes = 0
-            self._states.clear()
-            self._tails.clear()
-
     def _find_longest(self, digest: bytes, text: bytes) -> Key | None:
         """The kept key of this digest whose tail is the longest beginning of a text."""
         for size in sorted(self._tails[digest], reverse=True):

@@ -46,10 +46,14 @@ PROBE_STEPS = 16
 
 
 class Decoder(Protocol):
-    """Some network with the states of up to `capacity` texts."""
+    """Some network with the states of up to `capacity` texts.
+
+    Two decoders of the same `fingerprint` give the same bits.
+    """
 
     vocabulary_size: int
     capacity: int
+    fingerprint: str
 
     def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
         """Feed a token to each of the first B rows: logits of the token after it, (B, V).

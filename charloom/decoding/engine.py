@@ -102,6 +102,16 @@ class Engine:
         return self._batch.capacity
 
     @property
+    def fingerprint(self) -> str:
+        """The decoder's."""
+        return self._batch.fingerprint
+
+    @property
+    def ahead(self) -> int:
+        """How many texts keep all rows busy without waiting in vain: a second lot where it may."""
+        return self.capacity + min(self.capacity, self._waiting)
+
+    @property
     def load(self) -> Load:
         """What there is to do, and what has been done."""
         with self._lock:
@@ -120,14 +130,16 @@ class Engine:
         task = Task(
             request=request,
             handle=Handle(on_cancel=self._alarm),
-            sequence=Sequence(request.params, self._alphabet),
+            sequence=Sequence(request.params, self._alphabet, script=script),
             lead=lead,
             script=script,
         )
         with self._lock:
             if self._is_closed:
                 raise ClosedError("The engine is shutting down; send the request to another.")
-            if len(self._line) + len(self._parked) >= self._waiting:
+            # Those for whom there are rows wait for the next block only.
+            free = self._batch.capacity - len(self._batch.rows)
+            if len(self._line) + len(self._parked) - free >= self._waiting:
                 raise BusyError(
                     f"{self._waiting} requests are waiting, which is all that may; try again later."
                 )

@@ -46,10 +46,10 @@ STRIDE = 64
 """In a larger vocabulary the draw sums up strides of this many tokens, then looks into one."""
 
 LEAST = np.finfo(np.float32).smallest_subnormal
-ALMOST_ONE = np.nextafter(1.0, 0.0)
 
 COLDEST = np.float32(2.0**-100)
-"""Temperatures below this act like it: already here only equals of the highest score are left."""
+"""Temperatures below this act like it: already here only equals of the highest score are left, as
+scores that differ do so by more than some 2**-93, but for scores near 0."""
 
 RECORD = np.dtype(
     [
@@ -456,7 +456,8 @@ def _draw_lot(lot: Lot, uniform_A: Sums) -> Integers:
     row_A = np.arange(rows)
     share_A = strides_AS[row_A, stride_A]
     into_A = (target_A - (reached_AS[row_A, stride_A] - share_A)) / share_A
-    token_A = _find(strides_ASW[row_A, stride_A], into_A.clip(0.0, ALMOST_ONE))[0]
+    # Rounding may put the place before the stride, where tokens of no weight lie, never behind it.
+    token_A = _find(strides_ASW[row_A, stride_A], np.maximum(into_A, 0.0))[0]
     return stride_A * STRIDE + token_A
 
 

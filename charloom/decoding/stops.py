@@ -4,7 +4,67 @@ Held back is what may still become a stop string, and nothing else. Where the st
 asked for, the text ends with it and nothing has to be held back.
 """
 
-from collections.abc import Iterable
+from functools import lru_cache
+
+
+class StopTable:
+    """What there is to know of some stop strings: the automaton of Aho & Corasick 1975.
+
+    (Communications of the ACM 18:333.) Its states are the prefixes of the stops, each a number that
+    is greater than those of all shorter ones; 0 is the empty one. Building it takes time and room
+    in proportion to the stops' characters, and nothing changes it afterwards, so all the texts that
+    look for the same stops share one.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self.lengths = [0]
+        # The longest stop that a prefix ends with.
+        self.stops: list[str | None] = [None]
+        self._moves: dict[tuple[int, str], int] = {}
+        # The longest other end of a prefix that is a prefix too.
+        self._ends = [0]
+        growing = [(stop, 0) for stop in stops]
+        while growing:
+            growing = [
+                (stop, self._grow(prefix, stop))
+                for stop, prefix in growing
+                if self.lengths[prefix] < len(stop)
+            ]
+        # The longest end of a prefix from which some stop goes on.
+        self.open_ends = [0]
+        has_moves = {prefix for prefix, _ in self._moves}
+        for prefix in range(1, len(self.lengths)):
+            end = prefix if prefix in has_moves else self.open_ends[self._ends[prefix]]
+            self.open_ends.append(end)
+
+    def move(self, state: int, character: str) -> int:
+        """The longest end of a prefix and a character after it that is a prefix."""
+        while (longer := self._moves.get((state, character))) is None:
+            if state == 0:
+                return 0
+            state = self._ends[state]
+        return longer
+
+    def _grow(self, prefix: int, stop: str) -> int:
+        """The prefix of a stop that is longer by a character than this one."""
+        length = self.lengths[prefix] + 1
+        character = stop[length - 1]
+        longer = self._moves.get((prefix, character))
+        if longer is None:
+            end = self.move(self._ends[prefix], character) if prefix else 0
+            longer = self._moves[prefix, character] = len(self.lengths)
+            self.lengths.append(length)
+            self._ends.append(end)
+            self.stops.append(self.stops[end])
+        if length == len(stop):
+            self.stops[longer] = stop
+        return longer
+
+
+@lru_cache(maxsize=16)
+def stop_table(stops: tuple[str, ...]) -> StopTable:
+    """The table of these stops; at up to 220 bytes a character only a few are kept."""
+    return StopTable(stops)
 
 
 class StopMatcher:
@@ -12,31 +72,20 @@ class StopMatcher:
 
     The stop whose last character comes first wins, and of several completed by one character the
     longest, so the result does not depend on how the text is cut into pieces. Held back is the
-    longest end of the text that begins some stop string.
-
-    That end is also the state of the automaton of Aho & Corasick 1975 (Communications of the ACM
-    18:333), so each character costs one look-up; moves are worked out when first made.
+    longest end of the text that begins some stop string: the state of the automaton, at the cost of
+    about one look-up for each character.
 
     `is_shown` says whether the text ends with the stop string instead of before it.
     """
 
-    def __init__(self, stops: Iterable[str], *, is_shown: bool = False) -> None:
+    def __init__(self, stops: tuple[str, ...], *, is_shown: bool = False) -> None:
         self.matched: str | None = None
-        self._is_shown = is_shown
-        self._state = ""
-        # Every prefix of a stop -> the longest stop that it ends with.
-        self._ended: dict[str, str | None] = {"": None}
-        self._stops = by_length = sorted(set(stops), key=len, reverse=True)
-        for stop in by_length:
-            for length in range(1, len(stop) + 1):
-                prefix = stop[:length]
-                self._ended[prefix] = next((end for end in by_length if prefix.endswith(end)), None)
-        self._moves: dict[tuple[str, str], str] = {}
-
-    @property
-    def is_idle(self) -> bool:
+        self.is_idle = not stops
         """Whether there is no stop string to look for."""
-        return len(self._ended) == 1
+        self._is_shown = is_shown
+        self._table = stop_table(stops)
+        self._state = 0
+        self._held = ""
 
     def push(self, text: str, *, may_end: bool = True) -> str:
         """Take more text and give what can no longer belong to a stop string; "" after a match.
@@ -47,40 +96,24 @@ class StopMatcher:
             return ""
         if self.is_idle:
             return text
-        released = []
-        for character in text:
-            grown = self._state + character
-            self._state = self._move(self._state, character)
-            stop = self._ended[self._state]
-            if stop is not None and not may_end:
-                stop, self._state = None, self._pass(self._state)
-            released.append(character if self._is_shown else grown[: len(grown) - len(self._state)])
-            if stop is not None:
-                if not self._is_shown:
-                    released.append(self._state.removesuffix(stop))
-                self.matched, self._state = stop, ""
-                break
-        return "".join(released)
+        table, state = self._table, self._state
+        before = len(self._held)
+        grown = self._held + text
+        for end, character in enumerate(text, start=before + 1):
+            state = table.move(state, character)
+            stop = table.stops[state]
+            if stop is None:
+                continue
+            if may_end:
+                self.matched, self._held = stop, ""
+                return grown[before:end] if self._is_shown else grown[: end - len(stop)]
+            state = table.open_ends[state]
+        self._state = state
+        certain = len(grown) - table.lengths[state]
+        self._held = grown[certain:]
+        return text if self._is_shown else grown[:certain]
 
     def flush(self) -> str:
         """Give what is still held back, since the text has ended."""
-        held, self._state = self._state, ""
+        held, self._held, self._state = self._held, "", 0
         return "" if self._is_shown else held
-
-    def _move(self, state: str, character: str) -> str:
-        """The longest end of `state` + `character` that begins some stop."""
-        move = self._moves.get((state, character))
-        if move is None:
-            move = state + character
-            while move not in self._ended:
-                move = move[1:]
-            self._moves[state, character] = move
-        return move
-
-    def _pass(self, state: str) -> str:
-        """The longest end of `state` that may still grow into a stop."""
-        while state and not any(
-            stop.startswith(state) for stop in self._stops if len(stop) > len(state)
-        ):
-            state = state[1:]
-        return state
