@@ -9,15 +9,29 @@ import dataclasses
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import msgspec
 
-from service.errors import Problem, RequestError, unavailable
+from service.errors import Problem, RequestError, failed, unavailable
 from service.messages import Accepted, Answer, Delta, Ended, Question, Submit
 from service.progress import Progress
 
 CRASHES = 1
 """How many crashes of the engine a call outlives."""
+
+LOOK = 0.5
+"""Seconds between two looks at whether an answer is still wanted."""
+
+Event = TypeVar("Event")
+
+
+Look = Callable[[], None]
+"""Raises where an answer is wanted no more, or cannot be given any more."""
+
+
+def stay() -> None:
+    """A look that ends no wait."""
 
 
 class Job:
@@ -71,12 +85,12 @@ class Job:
 
     # The link's side
 
-    def admission(self, timeout: float) -> None:
-        """Wait until the request is accepted; raises `RequestError` where it is not."""
-        try:
-            event = self._events.get(timeout=timeout)
-        except Empty:
-            raise _unanswered(timeout) from None
+    def admission(self, timeout: float, look: Look = stay) -> None:
+        """Wait until the request is accepted; raises `RequestError` where it is not.
+
+        What `look` raises ends the wait too.
+        """
+        event = _await(self._events, timeout, look)
         if isinstance(event, Ended):
             assert event.problem is not None, "nothing ends well that was not accepted"
             raise RequestError(event.problem)
@@ -146,12 +160,9 @@ class Inquiry:
         self._events: SimpleQueue[Answer | Problem] = SimpleQueue()
         self._crashes = 0
 
-    def answer(self, timeout: float) -> Answer:
-        """Wait for the answer; raises `RequestError` where there is none."""
-        try:
-            event = self._events.get(timeout=max(timeout, 0.0))
-        except Empty:
-            raise _unanswered(timeout) from None
+    def answer(self, timeout: float, look: Look = stay) -> Answer:
+        """Wait for the answer; raises `RequestError` where there is none, as `admission` does."""
+        event = _await(self._events, timeout, look)
         if isinstance(event, Problem):
             raise RequestError(event)
         return event
@@ -174,6 +185,22 @@ class Inquiry:
         return self._crashes <= CRASHES
 
 
+def _await(events: "SimpleQueue[Event]", timeout: float, look: Look) -> Event:
+    """The next event; `look` is called twice a second, and ends the wait by what it raises.
+
+    Raises `RequestError` where nothing comes in time.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return events.get(timeout=max(min(left, LOOK), 0.0))
+        except Empty:
+            if left <= LOOK:
+                raise _unanswered(timeout) from None
+        look()
+
+
 def _text_of(accepted: Accepted) -> tuple[str, str, int]:
     """What, beside the request, decides about its text."""
     return accepted.fingerprint, accepted.precision, accepted.seed
@@ -183,4 +210,32 @@ def _unanswered(timeout: float) -> RequestError:
     return unavailable(
         f"The engine did not answer within {timeout:g} seconds; ask again in a moment.",
         code="engine_unavailable",
+    )
+
+
+def absent() -> RequestError:
+    """No engine answers."""
+    return unavailable(
+        "The engine that writes the texts is not there; ask again in a moment.",
+        code="engine_unavailable",
+    )
+
+
+def closed() -> RequestError:
+    """The worker ends."""
+    return unavailable("This worker is shutting down; ask again.", code="shutting_down")
+
+
+def crashed() -> RequestError:
+    """It may be this request that the engine does not bear."""
+    return failed(
+        "The engine crashed twice while it worked on this request; it is not tried again.",
+        code="engine_crashed",
+    )
+
+
+def cut_off() -> RequestError:
+    """The engine runs, and has ended the connection."""
+    return unavailable(
+        "The connection to the engine was cut; ask again in a moment.", code="engine_unavailable"
     )

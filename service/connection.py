@@ -36,6 +36,8 @@ class Connection:
         except BaseException:
             self._socket.close()
             raise
+        self.engine: int | None = None
+        """The number of its process, once it has greeted."""
         self._readable = select.poll()
         self._readable.register(self._socket, select.POLLIN)
 
@@ -54,7 +56,9 @@ class Connection:
                 raise TimeoutError(f"the engine did not answer within {timeout:g} seconds")
             messages = self.receive(remaining)
         first = messages[0]
-        version = first.version if isinstance(first, Welcome) else None
+        version = None
+        if isinstance(first, Welcome):
+            version, self.engine = first.version, first.pid
         if version != VERSION:
             raise ConnectionError(
                 f"the engine speaks version {version} of the protocol, this worker {VERSION}; "

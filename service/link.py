@@ -4,8 +4,9 @@ Each process has one connection and one thread that reads it and hands what come
 `Inquiry` it is for, so that a thread is woken for its own text only. Both begin with the first
 request, hence after the worker's fork. Threads send for themselves; the engine always reads.
 
-Where the connection is lost, the reading thread dials again, and all that is under way is sent once
+Where the engine is lost, the reading thread dials again, and all that is under way is sent once
 more: the same request gives the same bytes, and what a job was given already is passed over. Where
+the same engine answers, it has cut this worker off, as it would again, so all of that ends. Where
 no engine answers within `patience` seconds, all that waits is refused, the thread ends, and the
 next request begins anew.
 
@@ -27,9 +28,9 @@ import msgspec
 
 from charloom.errors import CharloomError
 from service import frames
-from service.call import Inquiry, Job
+from service.call import Inquiry, Job, Look, absent, closed, crashed, cut_off, stay
 from service.connection import Connection
-from service.errors import RequestError, failed, invalid, unavailable
+from service.errors import RequestError, failed, invalid
 from service.frames import FrameError
 from service.messages import (
     Accepted,
@@ -91,45 +92,52 @@ class Link:
         """
         self._line().open()
 
-    def submit(self, order: Submit) -> Job:
+    def submit(self, order: Submit, *, look: Look = stay) -> Job:
         """Have texts written, under a number of the link's own; returns once they are accepted.
 
-        Raises `RequestError` where the engine refuses, or where there is none.
+        `look` is called twice a second meanwhile; what it raises takes the order back. Raises
+        `RequestError` where the engine refuses, or where there is none.
         """
         line = self._line()
         job = Job(msgspec.structs.replace(order, id=line.number()), withdraw=line.withdraw)
         line.begin(job)
         try:
-            job.admission(order.timeout + self._patience)
+            job.admission(order.timeout + self._patience, look)
         except BaseException:
             job.cancel()
             raise
         return job
 
     @overload
-    def ask(self, part: Describe, *, timeout: float = ...) -> Models: ...
+    def ask(self, part: Describe, *, timeout: float = ..., look: Look = ...) -> Models: ...
     @overload
-    def ask(self, part: Tokenise, *, timeout: float = ...) -> Tokens: ...
+    def ask(self, part: Tokenise, *, timeout: float = ..., look: Look = ...) -> Tokens: ...
     @overload
-    def ask(self, part: Detokenise | AskMetrics, *, timeout: float = ...) -> Text: ...
+    def ask(
+        self, part: Detokenise | AskMetrics, *, timeout: float = ..., look: Look = ...
+    ) -> Text: ...
     @overload
-    def ask(self, part: ScoreTexts, *, timeout: float = ...) -> Scores: ...
+    def ask(self, part: ScoreTexts, *, timeout: float = ..., look: Look = ...) -> Scores: ...
     @overload
-    def ask(self, part: Embed, *, timeout: float = ...) -> Embeddings: ...
+    def ask(self, part: Embed, *, timeout: float = ..., look: Look = ...) -> Embeddings: ...
     @overload
-    def ask(self, part: AskStatus, *, timeout: float = ...) -> Status: ...
+    def ask(self, part: AskStatus, *, timeout: float = ..., look: Look = ...) -> Status: ...
     def ask(
         self,
         part: Describe | Tokenise | Detokenise | ScoreTexts | Embed | AskStatus | AskMetrics,
         *,
         timeout: float = 30.0,
+        look: Look = stay,
     ) -> Models | Tokens | Text | Scores | Embeddings | Status:
-        """The answer to a question; raises `RequestError` where it is refused or takes longer."""
+        """The answer to a question; raises `RequestError` where it is refused or takes longer.
+
+        `look` is as in `submit`.
+        """
         line = self._line()
         inquiry = Inquiry(Question(id=line.number(), ask=part))
         line.begin(inquiry)
         try:
-            return inquiry.answer(timeout).body
+            return inquiry.answer(timeout, look).body
         except BaseException:
             line.withdraw(inquiry)
             raise
@@ -174,6 +182,10 @@ class _Line:
         """The socket in use, from before the engine's greeting."""
         self._connection: Connection | None = None
         """The same, from the greeting to the loss."""
+        self._engine: int | None = None
+        """The number of the process that was connected last."""
+        self._hit: set[int] = set()
+        """Calls that were under way when it was lost."""
         self._closing = threading.Event()
         self._tallies: list[tuple[str, str, int, float]] = []
         self._tallied = time.monotonic()
@@ -211,7 +223,7 @@ class _Line:
         if known and connection is not None:
             connection.send(frames.encode(Cancel(id=call.id)))
         elif known:
-            call.fail(_absent().problem)
+            call.fail(absent().problem)
 
     def tally(self, answer: tuple[str, str, int, float]) -> None:
         """Keep an answer for the next tally."""
@@ -242,7 +254,7 @@ class _Line:
     def _need_thread(self) -> None:
         """Start the thread if it does not run, by the owner of the lock."""
         if self._closing.is_set():
-            raise _closed()
+            raise closed()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="link", daemon=True)
             self._thread.start()
@@ -269,7 +281,7 @@ class _Line:
         try:
             while self._connect():
                 self._read()
-            problem = (_closed() if self._closing.is_set() else _absent()).problem
+            problem = (closed() if self._closing.is_set() else absent()).problem
         finally:
             with self._lock:
                 self._thread = None
@@ -296,9 +308,15 @@ class _Line:
             pause = min(2 * pause, 0.5)
         else:
             return False
+        cut: list[Job | Inquiry] = []
         with self._lock:
             self._connection = connection
+            if connection.engine == self._engine:
+                cut = [self._calls.pop(number) for number in self._hit & self._calls.keys()]
+            self._engine = connection.engine
             calls = list(self._calls.values())
+        for call in cut:
+            call.fail(cut_off().problem)
         for call in calls:
             self._send(connection, call, frames.encode(call.message()))
         return True
@@ -342,9 +360,10 @@ class _Line:
                     lost = [call for call in self._calls.values() if not call.survive()]
                 for call in lost:
                     del self._calls[call.id]
+                self._hit = set(self._calls)
             connection.close()
             for call in lost:
-                call.fail(_crashed().problem)
+                call.fail(crashed().problem)
 
     def _hand_out(self, connection: Connection, message: FromEngine) -> None:
         """Give a message to the call that it is for, if anybody still waits for it."""
@@ -374,21 +393,3 @@ class _Line:
             else:
                 assert isinstance(call, Inquiry), "only questions are answered"
                 call.end(message)
-
-
-def _absent() -> RequestError:
-    return unavailable(
-        "The engine that writes the texts is not there; ask again in a moment.",
-        code="engine_unavailable",
-    )
-
-
-def _closed() -> RequestError:
-    return unavailable("This worker is shutting down; ask again.", code="shutting_down")
-
-
-def _crashed() -> RequestError:
-    return failed(
-        "The engine crashed twice while it worked on this request; it is not tried again.",
-        code="engine_crashed",
-    )

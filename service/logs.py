@@ -98,8 +98,11 @@ class _Handler(logging.Handler):
 
 
 def _write(line: str) -> None:
-    """Write a line in one piece, so that those of several processes do not mix."""
-    # Where standard error is full or closed, requests go on: there is nobody to tell.
+    """Write a line in one piece, so that those of several processes do not mix.
+
+    A full pipe makes it wait for who reads standard error, rather than lose what happened.
+    """
+    # Where standard error is closed, or its disk is full, requests go on: there is nobody to tell.
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(line + "\n")
 

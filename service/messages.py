@@ -28,6 +28,15 @@ VERSION = 1
 FRAME_LIMIT = 64 << 20
 """Bytes of the largest frame that is read."""
 
+PROMPTS_LIMIT = 2048
+"""Prompts or texts of one request, as in OpenAI's embeddings: each takes time before admission."""
+
+TEXTS_LIMIT = 1 << 14
+"""Texts that one request may have written, however short: each has an answer of its own."""
+
+NUMBERS_LIMIT = 1 << 18
+"""Numbers and texts of one answer about tokens; as Python's objects they take some 25 MB."""
+
 Prompt = str | list[int]
 """A text, or the numbers of tokens."""
 
@@ -106,6 +115,12 @@ class Refused(_Message, frozen=True):
     problem: Problem
 
 
+UNLIKELY = -9999.0
+"""The logarithm of a probability of 0, which JSON cannot carry, as other servers have it; OpenAI's
+chats also have it for a token without a score.
+"""
+
+
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
     """How likely some tokens were, natural logarithms; lists of one length."""
 
@@ -171,6 +186,7 @@ class Tokenise(_Part, frozen=True):
     model: str
     texts: list[str]
     unknown: UnknownPolicy = "error"
+    owner: str = ""
 
 
 class Detokenise(_Part, frozen=True):
@@ -178,6 +194,7 @@ class Detokenise(_Part, frozen=True):
 
     model: str
     tokens: list[int]
+    owner: str = ""
 
 
 class ScoreTexts(_Part, frozen=True):

@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from string import Formatter
@@ -201,7 +201,8 @@ class Settings(BaseSettings):
         [],
         description="Names that a request's Host may have, separated by commas; by default any, "
         "but without keys on a loopback address only this machine's own, so that no page in a "
-        "browser gets at it under a name of its own.",
+        "browser gets at it under a name of its own. With keys this machine's own names count too; "
+        "probes answer by any.",
     )
     requests_per_minute: int = Field(
         0, ge=0, description="Requests that a key (else an address) may send in a minute; 0: any."
@@ -258,8 +259,16 @@ def read(options: Mapping[str, Any] | None = None) -> Settings:
         raise OptionError([_explain(part, given) for part in error.errors()]) from None
 
 
-def remarks(settings: Settings, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Sentences about what is allowed and probably not meant."""
+def remarks(
+    settings: Settings,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    addresses: Sequence[str] | None = None,
+) -> list[str]:
+    """Sentences about what is allowed and probably not meant.
+
+    `addresses` are those that are listened on where they are not the settings' own.
+    """
     known = {name.upper() for name in Settings.model_fields}
     found = []
     for name in sorted(environment):
@@ -268,9 +277,11 @@ def remarks(settings: Settings, environment: Mapping[str, str] = os.environ) -> 
             near = difflib.get_close_matches(bare, known, n=1)
             hint = f"; did you mean {PREFIX}{near[0]}?" if near else "."
             found.append(f"{name} is set, but there is no such setting{hint}")
-    if settings.is_open and not settings.is_local:
+    reached = [settings.host] if addresses is None else addresses
+    public = [address for address in reached if not _is_loopback(address)]
+    if settings.is_open and public:
         found.append(
-            f"Everybody who can reach {settings.host} may use this service: set CHARLOOM_KEYS or "
+            f"Everybody who can reach {public[0]} may use this service: set CHARLOOM_KEYS or "
             "CHARLOOM_KEYS_FILE, or listen on 127.0.0.1."
         )
     if settings.public_metrics and settings.is_open:

@@ -6,6 +6,9 @@ It listens on the socket, hands it to the engine, whose command is given `--fd N
 another where that dies; the socket stays meanwhile, so that workers which come back wait in its
 queue. It ends with an engine that ends of its own accord, as they do once no worker is left.
 
+An engine that is stuck, which nothing tells of, is killed: every few seconds the supervisor
+connects to it as a worker would, says nothing, and an engine that turns closes the connection.
+
 A file beside the socket, locked for as long as anybody listens, lets there be one of it. The engine
 inherits the lock: should the supervisor be killed, its engine serves on alone, nobody can start a
 second one on the same path, and both lock and engine go with the last worker. So the lock is the
@@ -21,10 +24,13 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 BUSY = 75
@@ -43,6 +49,12 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 DEATHS = 10
 """How many deaths in a row, none after a steady life, are followed by another start."""
+
+INTERVAL = 10.0
+"""Seconds between two looks at an engine."""
+
+PATIENCE = 30.0
+"""Seconds that an engine has to answer, twice, before it counts as stuck."""
 
 RESTARTS = "CHARLOOM_ENGINE_RESTARTS"
 """The environment variable that tells an engine how many there were before it."""
@@ -83,8 +95,13 @@ def supervise(
         restarts += 1
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Supervise until there is no more need to; returns the exit status."""
+def main(
+    arguments: Sequence[str], *, interval: float = INTERVAL, patience: float = PATIENCE
+) -> int:
+    """Supervise until there is no more need to; returns the exit status.
+
+    The engine is looked at every `interval` seconds, and given `patience` to answer, twice.
+    """
     form, name, *command = arguments
     path = Path(name)
 
@@ -97,7 +114,8 @@ def main(arguments: Sequence[str]) -> int:
         lock = _lock(lock_path(path))
         if lock is None:
             return BUSY
-        return 0 if _serve(path, command, lock, log) else 1
+        watch = partial(_watch, path=path, log=log, interval=interval, patience=patience)
+        return 0 if _serve(path, command, lock, log, watch) else 1
     except OSError as error:
         log("error", "the engine cannot be started", reason=str(error))
         return 1
@@ -108,7 +126,13 @@ def lock_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
 
 
-def _serve(path: Path, command: Sequence[str], lock: int, log: Callable[..., None]) -> bool:
+def _serve(
+    path: Path,
+    command: Sequence[str],
+    lock: int,
+    log: Callable[..., None],
+    watch: Callable[["subprocess.Popen[bytes]", threading.Event], None],
+) -> bool:
     """Listen and keep an engine, by the owner of the lock; false where it had to be given up."""
     with _listen(path) as listener:
         place = path.stat()
@@ -119,7 +143,13 @@ def _serve(path: Path, command: Sequence[str], lock: int, log: Callable[..., Non
                 pass_fds=(listener.fileno(), lock),
                 env={**os.environ, RESTARTS: str(restarts)},
             ) as engine:
-                return engine.wait()
+                has_ended = threading.Event()
+                # Not waited for: it may be in the middle of a look.
+                threading.Thread(target=watch, args=(engine, has_ended), daemon=True).start()
+                try:
+                    return engine.wait()
+                finally:
+                    has_ended.set()
 
         try:
             return supervise(run, log)
@@ -127,6 +157,43 @@ def _serve(path: Path, command: Sequence[str], lock: int, log: Callable[..., Non
             # While the lock is held; and no socket that another made where this one was removed.
             if path.exists() and os.path.samestat(path.stat(), place):
                 path.unlink()
+
+
+def answers(path: Path, patience: float) -> bool:
+    """Whether whoever listens there closes a connection on which nothing is said, in this time.
+
+    True also where nobody listens, who cannot be stuck.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        # The kernel's own bounds, which hold for a full queue of connections too.
+        timeval = struct.pack("@ll", *divmod(int(patience * 1e6), 10**6))
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            probe.setsockopt(socket.SOL_SOCKET, option, timeval)
+        try:
+            probe.connect(os.fspath(path))
+            probe.shutdown(socket.SHUT_WR)
+            probe.recv(1)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # it has died meanwhile
+    return True
+
+
+def _watch(
+    engine: "subprocess.Popen[bytes]",
+    has_ended: threading.Event,
+    path: Path,
+    log: Callable[..., None],
+    interval: float,
+    patience: float,
+) -> None:
+    """Kill an engine once it is stuck; return when it has ended."""
+    while not has_ended.wait(interval):
+        # Twice, as a container that was paused has used up the first time at once.
+        if not (answers(path, patience) or answers(path, patience) or has_ended.is_set()):
+            log("error", "the engine is stuck and is killed", engine=engine.pid)
+            engine.kill()
 
 
 def _lock(path: Path) -> int | None:

@@ -48,6 +48,8 @@ def answer(environ):
             return begun
         case "/drain":
             return str(environ["charloom.drain"].is_on).encode()
+        case "/load":
+            return str(environ["charloom.load"].is_beyond).encode()
         case "/delay":
             return str(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)).encode()
         case "/interrupt":
@@ -96,7 +98,7 @@ class Server:
 
     def start(self) -> None:
         """Wait until it takes connections."""
-        listening = self.wait_for(r"Listening at: http://127\.0\.0\.1:(\d+)")
+        listening = self.wait_for(r"Listening at: http://[\d.]+:(\d+)")
         self.address = ("127.0.0.1", int(listening[1]))
         self.worker = int(self.wait_for(r"Booting worker with pid: (\d+)")[1])
         # A signal that comes before the worker has handlers of its own would be lost.

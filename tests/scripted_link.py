@@ -53,7 +53,7 @@ class ScriptedLink:
         self.asked: list[Any] = []
         self.timeouts: list[float | None] = []
         self.tallies: list[tuple[str, str, int, float]] = []
-        self.submit: Callable[[Submit], Any] = self._submit
+        self.submit: Callable[..., Any] = self._submit
         self.answers: dict[type, Callable[[Any], Any]] = {
             AskMetrics: lambda _: Text(text="# HELP up Whether it is.\nup 1.0\n"),
             AskStatus: lambda _: Status(active=1, waiting=0, queue=8, models=1, step_age=0.0),
@@ -67,8 +67,12 @@ class ScriptedLink:
             ),
         }
 
-    def ask(self, part: Any, *, timeout: float | None = None) -> Any:
-        """Note the question, and answer it."""
+    def ask(
+        self, part: Any, *, timeout: float | None = None, look: Callable[[], None] | None = None
+    ) -> Any:
+        """Note the question, look whether its answer is wanted, and give it."""
+        if look is not None:
+            look()
         self.asked.append(part)
         self.timeouts.append(timeout)
         return self.answers[type(part)](part)
@@ -80,13 +84,13 @@ class ScriptedLink:
     def fail(self, error: Exception) -> None:
         """Raise this at every question and order from now on."""
 
-        def answer(_: Any) -> Any:
+        def answer(_: Any, **_options: Any) -> Any:
             raise error
 
         self.submit = answer
         self.answers = dict.fromkeys(self.answers, answer)
 
-    def _submit(self, order: Submit) -> Any:
+    def _submit(self, order: Submit, **_options: Any) -> Any:
         raise invalid(f"No text is scripted for {order.prompts}.")
 
     def _describe(self, ask: Describe) -> Models:

@@ -385,10 +385,10 @@ def test_keys_of_the_setting_stay_beside_those_of_the_file(tmp_path: Path, link:
         assert sender(link, client=asks, headers=bearer(key)) == owner
 
 
-def ask_by(name: str, **settings: Any) -> int:
+def ask_by(name: str, path: str = "/v1/models", **settings: Any) -> int:
     """The status of a request whose Host is this."""
     app = create_app(Settings(**settings), SCRIPTED["ScriptedLink"]())
-    return app.test_client().get("/v1/models", headers={"Host": name}).status_code
+    return app.test_client().get(path, headers={"Host": name}).status_code
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000"])
@@ -411,3 +411,17 @@ def test_hosts_are_as_the_settings_say() -> None:
     assert ask_by("localhost", hosts=["text.example"]) == 400
     assert ask_by("text.example", host="0.0.0.0") == 200
     assert ask_by("text.example", keys="me=0123456789abcdef") == 401
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_probes_know_no_name(path: str) -> None:
+    """A container's own probe asks an address, whatever name the service goes by."""
+    assert ask_by("127.0.0.1:8000", path, hosts=["text.example"]) == 200
+
+
+def test_with_keys_this_machines_names_always_do() -> None:
+    """Who has a key is no page of another's, so names that are listed come on top."""
+    settings = {"hosts": ["text.example"], "keys": "me=0123456789abcdef"}
+    assert ask_by("127.0.0.1:8000", **settings) == 401
+    assert ask_by("text.example", **settings) == 401
+    assert ask_by("evil.example", **settings) == 400

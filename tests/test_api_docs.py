@@ -26,14 +26,8 @@ from service.settings import FOREIGN, Settings, variable
 from service.web import app, worker
 from service.web.wire.chat import ChatRequest
 from service.web.wire.completions import CompletionRequest
-from service.web.wire.inspection import (
-    DetokenizeRequest,
-    EmbeddingsRequest,
-    ModelPath,
-    ModelQuery,
-    ScoreRequest,
-    TokenizeRequest,
-)
+from service.web.wire.inspection import EmbeddingsRequest, ModelPath, ModelQuery, ScoreRequest
+from service.web.wire.tokens import DetokenizeRequest, TokenizeRequest
 from service.web.wire.writing import WritingRequest
 
 ROOT = Path(__file__).parent.parent

@@ -17,6 +17,7 @@ from service.settings import Settings
 from service.web.access import PUBLIC
 from service.web.app import create_app
 from service.web.context import NAME, Service
+from service.web.load import KEY, Load
 from service.web.specification import BODIES
 
 SCRIPTED = runpy.run_path(str(Path(__file__).parent / "scripted_link.py"))
@@ -157,6 +158,23 @@ def test_a_proxy_is_believed_as_often_as_set(link: Any, proxies: int, owner: str
     (asked,) = link.asked
     assert isinstance(asked, ScoreTexts)
     assert asked.owner == owner
+
+
+def test_beyond_its_load_a_worker_refuses_what_may_last(link: Any) -> None:
+    """The last threads turn POSTs away, and say how the service is."""
+    load = Load(1)
+    client = create_app(Settings(), link).test_client()
+    ask = {"model": "demo", "text": "To be"}
+
+    def status() -> int:
+        return client.post("/v1/score", json=ask, environ_base={KEY: load}).status_code
+
+    with load.one():
+        assert status() == 200
+        with load.one():
+            assert status() == 503
+            assert client.get("/healthz", environ_base={KEY: load}).status_code == 200
+        assert status() == 200
 
 
 def test_no_page_of_another_origin_may_ask(link: Any) -> None:

@@ -8,6 +8,11 @@ import pytest
 from service.web.client import Client, Connection
 
 
+def adopt(accepted: socket.socket) -> Connection:
+    """Take over the connection of another socket, which is closed by that."""
+    return Connection(accepted.family, accepted.type, accepted.proto, accepted.detach())
+
+
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     """A client's end of a connection over TCP, and the server's."""
@@ -47,6 +52,17 @@ def test_a_client_that_broke_off_is_gone(ends: tuple[socket.socket, socket.socke
     assert Client(far).is_gone()
 
 
+def test_a_client_that_closed_is_gone_behind_what_it_sent_ahead(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    """Bytes that nobody reads, such as a line's end after a body, do not hide the end."""
+    near, far = ends
+    near.sendall(b"\n")
+    near.close()
+    assert Client(far).is_gone()
+    assert far.recv(2) == b"\n"
+
+
 def test_a_connection_closed_at_this_end_is_gone(ends: tuple[socket.socket, socket.socket]) -> None:
     """A socket that the server has closed has no client any more."""
     ends[1].close()
@@ -73,7 +89,7 @@ def test_a_connection_gives_nothing_after_its_deadline(
 ) -> None:
     """The deadline holds for what has arrived already: a drip cannot outlast it."""
     near, far = ends
-    with Connection.adopt(far) as connection:
+    with adopt(far) as connection:
         near.sendall(b"ab")
         assert connection.recv(1) == b"a"
         connection.receive_within(0.0)
@@ -87,7 +103,7 @@ def test_a_connection_waits_no_longer_than_its_deadline(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     """A read that nothing comes for ends, and the socket's own timeout is as before."""
-    with Connection.adopt(ends[1]) as connection:
+    with adopt(ends[1]) as connection:
         connection.settimeout(3600)
         connection.receive_within(0.02)
         with pytest.raises(TimeoutError):
@@ -97,7 +113,7 @@ def test_a_connection_waits_no_longer_than_its_deadline(
 
 def test_a_nearer_deadline_stays(ends: tuple[socket.socket, socket.socket]) -> None:
     """What is allowed for a body does not prolong what was allowed for the request."""
-    with Connection.adopt(ends[1]) as connection:
+    with adopt(ends[1]) as connection:
         connection.receive_within(0.0)
         with Client(connection).receiving(3600), pytest.raises(TimeoutError):
             connection.recv(1)
@@ -106,7 +122,7 @@ def test_a_nearer_deadline_stays(ends: tuple[socket.socket, socket.socket]) -> N
 def test_the_time_for_a_body_ends_with_the_body(ends: tuple[socket.socket, socket.socket]) -> None:
     """The next request on a connection is not under the last one's deadline."""
     near, far = ends
-    with Connection.adopt(far) as connection:
+    with adopt(far) as connection:
         with Client(connection).receiving(0.0):
             pass
         sender = threading.Timer(0.02, near.sendall, [b"x"])

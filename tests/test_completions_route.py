@@ -44,7 +44,7 @@ class Engine:
         self.jobs: list[Any] = []
         self.events: Callable[[Submit], list[Any]] = lambda _: [END]
 
-    def _submit(self, order: Submit) -> Any:
+    def _submit(self, order: Submit, **_: Any) -> Any:
         self.orders.append(order)
         job = JOBS["ScriptedJob"](*self.events(order))
         job.accepted = JOBS["accept"](order)
@@ -213,7 +213,7 @@ def test_a_client_that_leaves_ends_the_writing(client: FlaskClient, engine: Engi
     near, far = socket.socketpair()
     job = SilentJob()
 
-    def leave(_: Submit) -> SilentJob:
+    def leave(_: Submit, **_options: Any) -> SilentJob:
         near.close()
         return job
 
@@ -225,6 +225,23 @@ def test_a_client_that_leaves_ends_the_writing(client: FlaskClient, engine: Engi
     assert job.is_cancelled
 
 
+def test_a_client_that_leaves_ends_the_wait_for_admission(
+    client: FlaskClient, engine: Engine
+) -> None:
+    """The link is told how to find out whether anybody waits."""
+
+    def admit(_: Submit, *, look: Callable[[], None]) -> Any:
+        near.close()
+        look()
+
+    engine.link.submit = admit
+    near, far = socket.socketpair()
+    path = "/v1/completions"
+    with far:
+        answer = client.post(path, json=body_for(path), environ_base={"gunicorn.socket": far})
+    assert answer.status_code == 499
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_worker_that_leaves_says_so(
     client: FlaskClient, engine: Engine, is_streamed: bool
@@ -232,7 +249,7 @@ def test_a_worker_that_leaves_says_so(
     """What is not done when the worker has to go is refused, or ends with an error."""
     drain, job = Drain(), SilentJob()
 
-    def leave(_: Submit) -> SilentJob:
+    def leave(_: Submit, **_options: Any) -> SilentJob:
         drain.deadline = time.monotonic()
         return job
 

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from service.settings import Settings, variable
+from service.web.server import options
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -43,6 +46,7 @@ LAST_STAGE = DOCKERFILE[-1].stage
 IMAGE = {part.name: part.value for part in DOCKERFILE if part.stage == LAST_STAGE}
 COMMANDS = [part.value for part in DOCKERFILE if part.name == "RUN"]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+NGINX = (ROOT / "deploy" / "nginx.conf").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -151,13 +155,16 @@ def test_every_container_is_hardened() -> None:
 
 
 def test_the_service_is_composed_as_the_docs_say() -> None:
-    """Models are mounted for reading, the port is this machine's, a stop outlasts the drain."""
+    """Models are mounted for reading, the port is this machine's, a stop outlasts the drain, and
+    five workers may have all their threads.
+    """
     service = COMPOSE["services"]["charloom"]
     assert service["volumes"] == ["./models:/models:ro"]
     assert service["ports"] == ["127.0.0.1:8000:8000"]
     assert service["tmpfs"][0].startswith("/tmp:")
     assert int(service["stop_grace_period"].removesuffix("s")) > 30 + 5
     assert service["image"] == f"charloom:{PROJECT['version']}"
+    assert service["pids_limit"] >= 5 * options(Settings())["threads"]
 
 
 def test_nginx_and_redis_are_optional() -> None:
@@ -165,6 +172,7 @@ def test_nginx_and_redis_are_optional() -> None:
     services = COMPOSE["services"]
     assert {name: services[name].get("profiles") for name in services} == {
         "charloom": None,
+        "behind-nginx": ["nginx"],
         "nginx": ["nginx"],
         "redis": ["redis"],
     }
@@ -172,12 +180,26 @@ def test_nginx_and_redis_are_optional() -> None:
     assert "8080:8080" in services["nginx"]["ports"]
 
 
-def test_composed_settings_exist() -> None:
-    """What compose.yaml passes on are settings of the service."""
-    from service.settings import Settings, variable
+def test_behind_nginx_the_service_is_reached_through_it_alone() -> None:
+    """It has no port of its own, so that it may take the proxy's word on who asks."""
+    direct, behind = COMPOSE["services"]["charloom"], COMPOSE["services"]["behind-nginx"]
+    assert "ports" not in behind
+    assert behind["environment"] == {**direct["environment"], "CHARLOOM_PROXIES": "1"}
+    own = {"ports", "profiles", "networks", "environment"}
+    assert {key: value for key, value in direct.items() if key not in own} == {
+        key: value for key, value in behind.items() if key not in own
+    }
+    nginx = COMPOSE["services"]["nginx"]
+    assert list(nginx["depends_on"]) == ["behind-nginx"]
+    assert nginx["networks"] == list(behind["networks"]) == ["inside"]
+    assert f"server {behind['networks']['inside']['aliases'][0]}:8000 " in NGINX
 
-    known = {variable(name) for name in Settings.model_fields}
-    assert set(COMPOSE["services"]["charloom"]["environment"]) <= known
+
+def test_every_setting_may_stand_in_a_file() -> None:
+    """All of .env is passed on; what compose.yaml sets itself are settings of the service."""
+    service = COMPOSE["services"]["charloom"]
+    assert service["env_file"] == [{"path": ".env", "required": False}]
+    assert set(service["environment"]) <= {variable(name) for name in Settings.model_fields}
 
 
 # What the steps of the build make

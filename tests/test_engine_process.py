@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,12 +28,15 @@ from charloom.model import Model
 from charloom.params import SamplingParams
 from charloom.tokenizer import CharacterTokenizer
 from service import frames
+from service.engine.connection import PATIENCE
+from service.engine.places import OUTSTANDING_LIMIT
 from service.engine.process import EngineProcess
-from service.engine.reception import QUICK
+from service.engine.reception import QUICK, QUICK_SPELLING
 from service.engine.shelf import SCAN_INTERVAL, Served, Shelf
 from service.errors import RequestError, unknown_model
 from service.frames import FrameReader
 from service.messages import (
+    NUMBERS_LIMIT,
     VERSION,
     Accepted,
     Answer,
@@ -128,6 +132,10 @@ class ShelfInMemory:
     def get(self, name: str, then: Callable[[Served | RequestError], None]) -> None:
         """Give the model at once."""
         then(self.served[name] if name in self.served else unknown_model(name))
+
+    def seek(self, _name: str, then: Callable[[RequestError | None], None]) -> None:
+        """What there is is known."""
+        then(None)
 
     def cards(self) -> list[ModelCard]:
         """All models."""
@@ -225,8 +233,12 @@ class Peer:
             except ConnectionResetError:
                 data = b""
             self.is_cut_off = not data
-            for message in self.reader.push(data):
-                self._note(message)
+            self.take(data)
+
+    def take(self, data: bytes) -> None:
+        """Put together what has come."""
+        for message in self.reader.push(data):
+            self._note(message)
 
     def _note(self, message: FromEngine) -> None:
         if isinstance(message, Deltas):
@@ -445,20 +457,88 @@ def test_a_worker_that_goes_away_takes_its_requests_with_it(house: House) -> Non
     assert other.requests[1].texts[0] == expect(max_tokens=40)
 
 
+def ask_without_reading(house: House, peer: Peer, questions: int) -> None:
+    """Let answers of some megabytes wait for a worker."""
+    peer.is_reading = False
+    for number in range(questions):
+        peer.send(Question(id=number, ask=Tokenise(model="demo", texts=["a" * 130_000])))
+    house.turn_until(
+        lambda: not (house.process._background.pending or house.process._reception.works)
+    )
+
+
 def test_a_worker_that_asks_and_does_not_read_is_cut_off(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Answers are kept for it up to a limit."""
+    """When it has not taken a byte for a while, and nothing of it stays."""
     other, peer = house.connect(), house.connect()
-    peer.is_reading = False
-    question = Tokenise(model="demo", texts=["a" * 1_000_000])
-    number = 0
-    while "it asks and does not read" not in caplog.text:
-        assert number < 80
-        number += 1
-        peer.send(Question(id=number, ask=question))
-        house.turn_until(lambda: not house.process._background.pending)
+    ask_without_reading(house, peer, 8)
+    house.ahead += PATIENCE + 1
+    house.turn_until(lambda: "it asks and does not read" in caplog.text)
     assert other.write(make_order(max_tokens=9)).texts[0] == expect(max_tokens=9)
+    house.turn_until(lambda: house.is_empty)
+
+
+def test_answers_wait_for_a_worker_that_reads_slowly(house: House) -> None:
+    """Outside the buffer, as many as there may be; then they come as fast as they are read."""
+    peer = house.connect()
+    ask_without_reading(house, peer, 8)
+    assert len(house.process._reception.answers) >= 4
+    house.ahead += PATIENCE - 1
+    peer.is_reading = True
+    house.turn_until(lambda: len(peer.answers) == 8)
+    assert not peer.is_cut_off
+    assert house.is_empty
+
+
+class Taking:
+    """The engine's end of a socket whose worker takes whatever there is at once."""
+
+    def __init__(self, end: socket.socket, peer: Peer) -> None:
+        self.recv, self.fileno, self.close = end.recv, end.fileno, end.close
+        self._peer = peer
+
+    def send(self, data: bytearray) -> int:
+        """Let the worker have all."""
+        self._peer.take(bytes(data))
+        return len(data)
+
+
+def count_naps(house: House, peer: Peer, is_over: Callable[[], bool]) -> int:
+    """How often the loop slept while its only worker, which now reads, was not told everything."""
+    (worker,) = house.process._workers
+    peer.is_reading = True
+    peer.read()
+    worker.connection._peer = cast(socket.socket, Taking(worker.connection._peer, peer))
+    naps = 0
+    for _ in range(TURNS):
+        if is_over():
+            return naps
+        started = time.monotonic()
+        house.process.turn(0.5)
+        naps += time.monotonic() - started >= 0.5
+    raise AssertionError("it never came to it")
+
+
+def test_answers_do_not_wait_for_the_next_look(house: House) -> None:
+    """While a worker reads, the loop does not sleep before it has been told everything."""
+    peer = house.connect()
+    ask_without_reading(house, peer, 8)
+    assert count_naps(house, peer, lambda: len(peer.answers) == 8) == 0
+
+
+def test_texts_do_not_wait_for_the_next_look(open_house: Callable[..., House]) -> None:
+    """Text that is longer than the buffer goes on as soon as that has been taken."""
+    house = open_house(work=4_000_000)
+    peer = house.connect()
+    prompts = ["abcdefgh" * 40_000] * 8
+    peer.is_reading = False
+    peer.send(make_order(1, prompts, max_tokens=0, is_echoed=True))
+    house.turn_until(lambda: bool(house.process._reception.jobs))
+    house.turn_until(lambda: not house.process._reception.lanes)
+    assert house.process._reception.jobs, "what was not sent is kept"
+    assert count_naps(house, peer, lambda: peer.requests[1].is_over) == 0
+    assert peer.requests[1].texts == dict(enumerate(prompts))
 
 
 # Texts
@@ -537,6 +617,28 @@ def test_long_prompts_are_encoded_beside_the_loop(house: House) -> None:
     prompt = "X" * QUICK + "abc"
     request = house.connect().write(make_order(1, prompt, unknown="skip", max_tokens=20))
     assert request.texts[0] == expect(max_tokens=20)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_beside"),
+    [
+        ({"prompt": "a" * QUICK}, False),
+        ({"prompt": "a" * (QUICK + 1)}, True),
+        ({"prompt": "a" * QUICK_SPELLING, "is_echoed": True}, False),
+        ({"prompt": "a" * (QUICK_SPELLING + 1), "is_echoed": True}, True),
+        ({"prompt": "a" * QUICK_SPELLING, "is_echoed": True, "logit_bias": {5: 1.0}}, True),
+    ],
+    ids=["short", "long", "short echo", "long echo", "bias"],
+)
+def test_what_is_looked_up_one_by_one_counts_for_more(
+    options: Any, is_beside: bool, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that are spelled and biases take microseconds each, tokens alone far less."""
+    background = house.process._background
+    run = Mock(wraps=background.run)
+    monkeypatch.setattr(background, "run", run)
+    assert house.connect().write(make_order(1, max_tokens=0, **options)).ended is not None
+    assert run.called == is_beside
 
 
 def test_models_take_turns(open_house: Callable[..., House]) -> None:
@@ -693,6 +795,7 @@ class Failing:
 
     def __init__(self, decoder: GraphDecoder) -> None:
         self.vocabulary_size, self.capacity = decoder.vocabulary_size, decoder.capacity
+        self.fingerprint = decoder.fingerprint
         self.read, self.write = decoder.read, decoder.write
         self.clear, self.move = decoder.clear, decoder.move
         self._step = decoder.step
@@ -725,6 +828,67 @@ def test_a_failing_step_ends_its_requests_alone(
     assert "secret" not in request.ended.problem.message
     assert "secret" in caplog.text
     assert peer.write(make_order(2, max_tokens=9)).texts[0] == expect(max_tokens=9)
+    assert house.is_empty
+
+
+def test_a_request_that_cannot_be_started_fails_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever its defect raises, others go on, and its text is in the log alone."""
+    peer = house.connect()
+    peer.send(make_order(1, max_tokens=2000))
+    house.turn_until(lambda: 1 in peer.requests)
+    engine = house.shelf.served["demo"].model.engine("auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "submit", Mock(side_effect=RuntimeError("secret")))
+        request = peer.write(make_order(2, n=3, max_tokens=9))
+        refused = peer.ask(3, ScoreTexts(model="demo", texts=["abc"]))
+    assert request.ended is not None
+    for problem in (request.ended.problem, refused.problem):
+        assert problem is not None
+        assert (problem.status, problem.code) == (500, "internal_error")
+        assert "secret" not in problem.message
+    assert "secret" in caplog.text
+    house.turn_until(lambda: peer.requests[1].is_over)
+    assert peer.requests[1].texts[0] == expect(max_tokens=2000)
+    assert house.is_empty
+
+
+@pytest.mark.parametrize("name", ["take", "tell"])
+def test_a_request_whose_text_cannot_be_told_fails_alone(
+    name: str, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect on the way from the engine to the worker ends that request."""
+    peer = house.connect()
+    peer.send(*(make_order(number, max_tokens=2000, is_streamed=True) for number in (1, 2)))
+    house.turn_until(lambda: len(house.process._reception.jobs) == 2)
+    one, _ = house.process._reception.jobs.values()
+    monkeypatch.setattr(one, name, Mock(side_effect=RuntimeError("secret")))
+    house.turn_until(lambda: peer.requests[1].is_over and peer.requests[2].is_over)
+    ended = peer.requests[1].ended
+    assert ended is not None
+    assert ended.problem is not None
+    assert ended.problem.code == "internal_error"
+    assert peer.requests[2].texts[0] == expect(max_tokens=2000)
+    house.turn_until(lambda: house.is_empty)
+
+
+def test_text_too_long_for_a_message_fails_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What travels in the same message as it does not fail with it."""
+    peer = house.connect()
+    monkeypatch.setattr(frames, "FRAME_LIMIT", 2_000)
+    peer.send(make_order(1, "a" * 200, max_tokens=0, is_echoed=True, logprobs=1))
+    peer.send(make_order(2, max_tokens=0))
+    house.turn_until(lambda: peer.requests[1].is_over and peer.requests[2].is_over)
+    one, other = peer.requests[1].ended, peer.requests[2].ended
+    assert one is not None
+    assert one.problem is not None
+    assert one.problem.code == "internal_error"
+    assert other is not None
+    assert other.problem is None
+    assert peer.requests[2].finishes == {0: "length"}
     assert house.is_empty
 
 
@@ -766,6 +930,42 @@ def test_no_more_requests_wait_than_the_queue_holds(
         assert problem.retry_after is not None
     house.turn_until(lambda: all(request.is_over for request in peer.requests.values()))
     assert peer.write(make_order(200, max_tokens=9)).texts[0] == expect(max_tokens=9)
+
+
+def test_models_and_questions_share_the_places(open_house: Callable[..., House]) -> None:
+    """Each HTTP worker has threads for all of them: so no model has a queue of its own."""
+    house = open_house({"demo": make_model(2), "other": make_model(2, seed=1)}, rows=2, queue=1)
+    peer = house.connect()
+    for number, model in enumerate(("demo", "other", "demo")):
+        peer.send(make_order(number, model=model, max_tokens=5000))
+    house.turn_until(lambda: len(peer.requests) == 3)
+    problem = problem_of(peer.write(make_order(3, model="other")))
+    assert (problem.status, problem.code) == (503, "queue_full")
+    assert "3 requests" in problem.message
+    assert peer.ask(4, Tokenise(model="demo", texts=["a"])).problem.code == "queue_full"
+    assert len(peer.ask(5, Describe()).cards) == 2
+    house.turn_until(lambda: all(peer.requests[number].is_over for number in range(3)))
+    assert peer.ask(6, Tokenise(model="demo", texts=["a"])).pieces == [["a"]]
+
+
+def test_answers_that_would_fill_the_memory_together_are_put_off(house: House) -> None:
+    """Log-probabilities and questions count until they are sent; texts alone do not."""
+    peer = house.connect()
+    numbers = NUMBERS_LIMIT - NUMBERS_LIMIT % 11
+    order = {"max_tokens": numbers // 11 - 3, "logprobs": 10}
+    count = OUTSTANDING_LIMIT // numbers
+    peer.send(*(make_order(number, **order) for number in range(count + 1)))
+    peer.send(make_order(100, max_tokens=9))
+    house.turn_until(lambda: len(peer.requests) == count + 2)
+    problem = problem_of(peer.requests[count])
+    assert (problem.status, problem.code) == (503, "busy")
+    assert peer.ask(101, Tokenise(model="demo", texts=["a" * 9000])).problem.code == "busy"
+    assert peer.requests[100].refused is None
+    peer.send(*(Cancel(id=number) for number in range(count)))
+    house.turn_until(lambda: house.is_empty)
+    peer.send(make_order(102, **order))
+    house.turn_until(lambda: 102 in peer.requests)
+    assert peer.requests[102].refused is None
 
 
 def test_a_request_that_goes_on_after_a_crash_finds_a_place(
@@ -834,10 +1034,25 @@ def test_scores_and_vectors_come_beside_texts(house: House) -> None:
     assert house.is_empty
 
 
+@pytest.mark.parametrize(
+    ("tokens", "top", "is_beside"), [(100, 10, False), (200, 10, True), (700, 0, False)]
+)
+def test_answers_of_many_numbers_are_made_beside_the_loop(
+    tokens: int, top: int, is_beside: bool, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alternatives count like the tokens that they are those of."""
+    background = house.process._background
+    run = Mock(wraps=background.run)
+    monkeypatch.setattr(background, "run", run)
+    ask = ScoreTexts(model="demo", texts=["a" * tokens], top=top)
+    assert len(house.connect().ask(1, ask).cards) == 1
+    assert run.called == is_beside
+
+
 def test_a_question_nobody_waits_for_is_dropped(house: House) -> None:
     """Cancelled, or its worker gone: the engine is empty soon."""
     peer, gone = house.connect(), house.connect()
-    question = Question(id=1, ask=ScoreTexts(model="demo", texts=["abcd" * 20_000] * 4))
+    question = Question(id=1, ask=ScoreTexts(model="demo", texts=["abcd" * 3_000] * 4))
     peer.send(question)
     gone.send(question)
     house.turn_until(lambda: len(house.process._reception.works) == 2)
@@ -857,6 +1072,42 @@ def test_reading_is_work_too(open_house: Callable[..., House]) -> None:
     assert len(peer.ask(2, ScoreTexts(model="demo", texts=["a" * 50])).cards) == 1
     assert peer.ask(3, Embed(model="demo", inputs=["a" * 50])).problem.status == 429
     assert house.is_empty
+
+
+def test_tokens_are_charged_too(open_house: Callable[..., House]) -> None:
+    """What takes no step takes time: both ways are capped and charged to who asks."""
+    peer = open_house(work=50, tokens_per_minute=60).connect()
+    assert peer.ask(1, Tokenise(model="demo", texts=["a" * 51])).problem.code == "too_much_work"
+    assert len(peer.ask(2, Tokenise(model="demo", texts=["a" * 40])).pieces[0]) == 40
+    assert peer.ask(3, Detokenise(model="demo", tokens=[5] * 21)).problem.status == 429
+    assert peer.ask(4, Detokenise(model="demo", tokens=[5] * 21, owner="b")).text
+    assert peer.ask(5, Detokenise(model="demo", tokens=[99])).problem.status == 400
+    assert peer.ask(6, Detokenise(model="demo", tokens=[5] * 20)).text
+
+
+def test_the_texts_that_are_too_many_are_counted_truly(open_house: Callable[..., House]) -> None:
+    """An empty text costs a token, which the refusal says."""
+    peer = open_house(work=10).connect()
+    message = peer.ask(1, ScoreTexts(model="demo", texts=[""] * 8 + ["abc"])).problem.message
+    assert "cost 11 tokens, of which each text to score costs at least one" in message
+
+
+def test_a_silent_storage_of_budgets_holds_up_no_encoding(
+    open_house: Callable[..., House],
+) -> None:
+    """Requests wait for it in threads of their own."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        house = open_house(limits_storage=address, requests_per_minute=100, queue=40)
+        peer = house.connect()
+        peer.send(*(make_order(number) for number in range(20)))
+        peer.send(make_order(30, "X" * (QUICK + 1)))
+        house.turn_until(lambda: 30 in peer.requests)
+        assert problem_of(peer.requests[30]).param == "prompt"
+        assert len(peer.requests) == 1
+        house.turn_until(lambda: len(peer.requests) == 21)
+        codes = {problem_of(peer.requests[number]).code for number in range(20)}
+        assert codes == {"limits_unavailable"}
 
 
 def test_an_answer_too_long_for_a_message_is_refused(

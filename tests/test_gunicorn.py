@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from service.web.worker import SPARE_THREADS
+
 pytestmark = pytest.mark.slow
 
 PATIENCE = 0.5
@@ -278,6 +280,12 @@ def test_doubtful_settings_are_remarked(tmp_path: Path) -> None:
         server.wait_for("did you mean CHARLOOM_PORT?")
 
 
+def test_an_open_door_of_the_command_line_is_remarked(tmp_path: Path) -> None:
+    """An address that -b gives is judged like that of the settings."""
+    with gunicorn(tmp_path, "-b", "0.0.0.0:0") as server:
+        server.wait_for("Everybody who can reach 0.0.0.0 may use this service")
+
+
 def test_tls_is_refused(tmp_path: Path) -> None:
     """A certificate, which would do away with the bounds on clients, ends the start."""
     result = run(tmp_path, "--certfile", __file__)
@@ -321,6 +329,21 @@ def test_a_stop_lets_streams_end_and_turns_others_away(tmp_path: Path) -> None:
             server.open_gate()
             assert read_all(stream).endswith(b"0\r\n\r\n")
             assert server.end() == 0
+
+
+def test_the_last_threads_are_for_what_is_answered_at_once(tmp_path: Path) -> None:
+    """Requests that last, however many, leave threads that others are told so by."""
+    with gunicorn(tmp_path, rows=1, queue=0) as server, ExitStack() as stack:
+        for _ in range(THREADS - SPARE_THREADS):
+            stream = stack.enter_context(server.connect())
+            stream.sendall(b"POST /gate HTTP/1.1\r\nContent-Length: 0\r\n\r\n")
+            received = b""
+            while b"begun" not in received:
+                received += stream.recv(65536)
+        asks = stack.enter_context(closing(http.client.HTTPConnection(*server.address, timeout=20)))
+        for method, answer in (("GET", b"False"), ("POST", b"True"), ("GET", b"False")):
+            asks.request(method, "/load")
+            assert asks.getresponse().read() == answer
 
 
 def test_a_stream_beyond_the_drain_is_cut(tmp_path: Path) -> None:

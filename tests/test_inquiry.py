@@ -23,17 +23,17 @@ from charloom.tokenizer import (
     Tokenizer,
 )
 from service.engine.inquiry import (
-    NUMBERS_LIMIT,
+    DetokeniseWork,
     EmbedWork,
     ScoreWork,
+    TokeniseWork,
     describe,
-    detokenise,
-    tokenise,
 )
-from service.engine.judgement import UNLIKELY
 from service.engine.shelf import Served, Shelf
 from service.errors import RequestError
 from service.messages import (
+    NUMBERS_LIMIT,
+    UNLIKELY,
     Describe,
     Detokenise,
     Embed,
@@ -194,6 +194,7 @@ class Certain:
 
     vocabulary_size = LETTERS.vocabulary_size
     capacity = 1
+    fingerprint = "certain"
 
     def step(self, tokens_B: NDArray[np.int32]) -> NDArray[np.float32]:
         """All other tokens are equally likely."""
@@ -254,7 +255,7 @@ def test_an_answer_that_would_fill_the_memory_is_refused() -> None:
     assert (problem.status, problem.param, problem.code) == (400, "text", "too_much_work")
     assert f"{len(text)} tokens" in problem.message
     long = Tokenise(model="demo", texts=["ab" * NUMBERS_LIMIT])
-    assert refusal(lambda: tokenise(served, long)).problem.param == "prompt"
+    assert refusal(lambda: TokeniseWork(served, long)).problem.param == "prompt"
 
 
 def test_no_texts_have_no_scores() -> None:
@@ -434,30 +435,31 @@ def test_the_precision_is_the_service_s_unless_asked_for() -> None:
 def test_tokens_are_a_text_s_and_back(kind: str) -> None:
     """The pieces are the text, and the tokens' text is that too."""
     served, texts = serve(kind), ["abc 春\nh", ""]
-    answer = tokenise(served, Tokenise(model="demo", texts=texts))
+    answer = TokeniseWork(served, Tokenise(model="demo", texts=texts)).answer()
     for text, tokens, pieces in zip(texts, answer.tokens, answer.pieces, strict=True):
         assert tokens == served.model.tokenizer.encode(text).tolist()
         assert "".join(pieces) == text
         assert len(pieces) == len(tokens)
-        assert detokenise(served, Detokenise(model="demo", tokens=tokens)).text == text
+        work = DetokeniseWork(served, Detokenise(model="demo", tokens=tokens))
+        assert (work.answer().text, work.cost) == (text, len(tokens))
 
 
 def test_unknown_characters_in_a_text_to_tokenise() -> None:
     """Refused by name, or shown by their stand-in."""
     served = serve()
     ask = Tokenise(model="demo", texts=["aé"])
-    problem = refusal(lambda: tokenise(served, ask)).problem
+    problem = refusal(lambda: TokeniseWork(served, ask)).problem
     assert (problem.status, problem.param) == (400, "prompt")
     assert "'é'" in problem.message
-    answer = tokenise(served, Tokenise(model="demo", texts=["aé"], unknown="replace"))
-    assert answer.pieces == [["a", "\ufffd"]]
+    replaced = TokeniseWork(served, Tokenise(model="demo", texts=["aé"], unknown="replace"))
+    assert replaced.answer().pieces == [["a", "\ufffd"]]
 
 
 @pytest.mark.parametrize("token", [-1, LETTERS.vocabulary_size, 2**31])
 def test_a_number_that_is_no_token_is_named(token: int) -> None:
     """With the tokens there are."""
     ask = Detokenise(model="demo", tokens=[2, token])
-    problem = refusal(lambda: detokenise(serve(), ask)).problem
+    problem = refusal(lambda: DetokeniseWork(serve(), ask)).problem
     assert (problem.status, problem.param) == (400, "tokens")
     assert "0 to 12" in problem.message
 

@@ -1,5 +1,6 @@
 import base64
 import runpy
+import socket
 import struct
 from pathlib import Path
 from typing import Any
@@ -351,7 +352,9 @@ def test_a_text_becomes_tokens(client: FlaskClient, link: Any, field: str) -> No
     """Tokens, how many there are, and what each adds to the text."""
     answer = client.post("/tokenize", json={"model": "demo", field: "ab"})
     assert answer.get_json() == {"tokens": [97, 98], "count": 2, "pieces": ["a", "b"]}
-    assert link.asked == [Tokenise(model="demo", texts=["ab"], unknown="error")]
+    assert link.asked == [
+        Tokenise(model="demo", texts=["ab"], unknown="error", owner="addr:127.0.0.1")
+    ]
 
 
 @pytest.mark.parametrize("field", ["prompt", "text"])
@@ -378,7 +381,7 @@ def test_tokens_become_a_text(client: FlaskClient, link: Any) -> None:
     """What tokenize has taken apart comes back."""
     answer = client.post("/detokenize", json={"model": "demo", "tokens": [97, 98]})
     assert answer.get_json() == {"prompt": "ab"}
-    assert link.asked == [Detokenise(model="demo", tokens=[97, 98])]
+    assert link.asked == [Detokenise(model="demo", tokens=[97, 98], owner="addr:127.0.0.1")]
     assert client.post("/detokenize", json={"tokens": []}).get_json() == {"prompt": ""}
 
 
@@ -486,3 +489,22 @@ def test_what_the_engine_refuses_is_told(client: FlaskClient, link: Any) -> None
         "param": "prompt",
         "code": "unknown_character",
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/score", {"text": "To be"}),
+        ("/v1/embeddings", {"input": "To be"}),
+        ("/tokenize", {"prompt": "To be"}),
+        ("/detokenize", {"tokens": [84]}),
+    ],
+)
+def test_nobody_is_answered_who_has_left(client: FlaskClient, path: str, body: Any) -> None:
+    """A wait for the engine ends with its client."""
+    near, far = socket.socketpair()
+    near.close()
+    with far:
+        ask = {"model": "demo", **body}
+        answer = client.post(path, json=ask, environ_base={"gunicorn.socket": far})
+        assert answer.status_code == 499

@@ -15,17 +15,27 @@ from numpy.typing import NDArray
 from charloom.architecture import Architecture
 from charloom.checkpoint import Checkpoint
 from charloom.decoding.decoder import Decoder, GraphDecoder, Kernel
+from charloom.decoding.request import Ending, Outcome, Piece
 from charloom.model import Model
-from charloom.params import SamplingParams
+from charloom.params import BIASES_LIMIT, SamplingParams
 from charloom.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
 from service.engine.choice import TEXT_AT_ONCE, Choice
-from service.engine.job import NUMBERS_LIMIT, TEXTS_LIMIT, Job
-from service.engine.judgement import UNLIKELY, Spelling, finite
+from service.engine.job import Job
+from service.engine.judgement import Spelling, finite
 from service.engine.lane import Lane
 from service.engine.shelf import Served
-from service.engine.source import PROMPTS_LIMIT
-from service.errors import RequestError
-from service.messages import Accepted, Delta, Ended, ModelCard, Submit
+from service.errors import TOLD, RequestError
+from service.messages import (
+    NUMBERS_LIMIT,
+    PROMPTS_LIMIT,
+    TEXTS_LIMIT,
+    UNLIKELY,
+    Accepted,
+    Delta,
+    Ended,
+    ModelCard,
+    Submit,
+)
 from service.settings import Settings
 
 NOW = time.monotonic()
@@ -62,6 +72,7 @@ class Counting:
 
     def __init__(self, decoder: GraphDecoder) -> None:
         self.vocabulary_size, self.capacity = decoder.vocabulary_size, decoder.capacity
+        self.fingerprint = decoder.fingerprint
         self.read, self.write = decoder.read, decoder.write
         self.clear, self.move = decoder.clear, decoder.move
         self.fed = 0
@@ -616,6 +627,52 @@ def test_a_failing_step_ends_the_request_without_its_words() -> None:
     assert "secret" not in problem.message
 
 
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_text_held_back_by_what_is_stopped_is_not_told(is_failing: bool) -> None:
+    """Its pieces come with its outcome, when the job is over: nothing of it stays."""
+    job = Job(
+        make_order(n=2, max_tokens=40, stop=("zzz",), is_streamed=True), make_served(), Settings()
+    )
+    job.admit(NOW)
+    one, other = job.start(NOW), job.start(NOW)
+    if is_failing:
+        job.take(other, [outcome(error=RuntimeError("broken"))], NOW)
+    else:
+        job.cancel()
+        job.take(other, [outcome(ending="cancelled")], NOW)
+    job.take(one, [Piece(text="zz", tokens=[5], logprobs=None), outcome(ending="cancelled")], NOW)
+    assert not job.has_news
+    assert job.is_over
+
+
+def outcome(ending: Ending = "failed", error: BaseException | None = None) -> Outcome:
+    """The end of a text of which nothing else is known."""
+    return Outcome(
+        ending=ending,
+        text="",
+        tokens=[],
+        stop=None,
+        cached_tokens=0,
+        prompt_scores=None,
+        logprobs=None,
+        error=error,
+    )
+
+
+def test_texts_that_wait_for_a_failed_one_wait_no_longer() -> None:
+    """They were to go on from the prompt that it did not read to its end."""
+    job = Job(make_order("abc" * 20, n=3, max_tokens=9), make_served(wrap=Broken), Settings())
+    lane = Lane(job.engine)
+    job.admit(NOW)
+    lane.push(job)
+    for _ in range(3):
+        lane.feed(NOW)
+        job.engine.step()
+        lane.collect(NOW)
+    assert job.is_over
+    assert lane.is_empty
+
+
 @pytest.mark.parametrize(
     ("bias", "expected"),
     [(None, (500, "model_damaged", None)), ({"a": 1.0}, (400, None, "logit_bias"))],
@@ -656,6 +713,13 @@ def test_a_prompt_that_cannot_be_read_is_refused_by_name(prompts: Any, words: st
     problem = refusal(order)
     assert (problem.status, problem.param) == (400, "prompt")
     assert words in problem.message
+
+
+def test_of_many_biases_that_are_wrong_a_few_are_told() -> None:
+    """A refusal stays a few sentences however much is wrong with the request."""
+    problem = refusal(make_order(logit_bias=dict.fromkeys(range(1000, 1000 + BIASES_LIMIT), 1.0)))
+    assert (problem.status, problem.param) == (400, "logit_bias")
+    assert f"There are {BIASES_LIMIT - TOLD} more problems." in problem.message
 
 
 def test_a_bias_on_what_is_no_token_is_refused_by_name() -> None:

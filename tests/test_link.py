@@ -1,6 +1,7 @@
 """A worker's link to the engine, held against a scripted engine on a real socket."""
 
 import gc
+import itertools
 import os
 import socket
 import subprocess
@@ -58,17 +59,21 @@ STATUS = Status(active=1, waiting=2, queue=3, models=4, step_age=0.5)
 
 M = TypeVar("M")
 
+PIDS = itertools.count(1)
+"""Each connection that a test makes is to another process, unless it says otherwise."""
+
 
 class Wire:
     """The engine's end of one connection, greeted."""
 
-    def __init__(self, sock: socket.socket, *, version: int = VERSION) -> None:
+    def __init__(self, sock: socket.socket, *, version: int, pid: int | None) -> None:
         self._socket = sock
         self._socket.settimeout(WAIT)
         self._reader: FrameReader[FromWorker] = FrameReader(FromWorker)
         self._messages: list[FromWorker] = []
         self.hello = self.receive(Hello)
-        self.send(Welcome(version=version, pid=os.getpid()))
+        self.pid = next(PIDS) if pid is None else pid
+        self.send(Welcome(version=version, pid=self.pid))
 
     def receive(self, kind: type[M]) -> M:
         """Give the worker's next message, which is of this kind."""
@@ -127,9 +132,9 @@ class Engine:
         self._listener.bind(os.fspath(path))
         self._listener.listen()
 
-    def meet(self, *, version: int = VERSION) -> Wire:
+    def meet(self, *, version: int = VERSION, pid: int | None = None) -> Wire:
         """Wait for the next connection and greet it."""
-        wire = Wire(self.accept(), version=version)
+        wire = Wire(self.accept(), version=version, pid=pid)
         self.wires.append(wire)
         return wire
 
@@ -339,6 +344,37 @@ def test_an_ended_job_is_forgotten(link: Link, engine: Engine, later: Later) -> 
     to_end(other)
 
 
+class Nobody(Exception):
+    """What a look raises where nobody waits."""
+
+
+def leave() -> None:
+    """Look, and find nobody."""
+    raise Nobody
+
+
+def test_an_order_that_nobody_waits_for_is_taken_back(
+    link: Link, engine: Engine, later: Later
+) -> None:
+    """Before its admission too, a look ends the wait and the engine is told."""
+    wire = _first(link, engine, later)
+    future = later(link.submit, ORDER, look=leave)
+    number = wire.receive(Submit).id
+    assert isinstance(future.exception(WAIT), Nobody)
+    assert wire.receive(Cancel).id == number
+
+
+def test_a_question_that_nobody_waits_for_is_taken_back(
+    link: Link, engine: Engine, later: Later
+) -> None:
+    """A look ends the wait for an answer, and the engine is told."""
+    wire = _first(link, engine, later)
+    future = later(link.ask, Describe(), look=leave)
+    number = wire.receive(Question).id
+    assert isinstance(future.exception(WAIT), Nobody)
+    assert wire.receive(Cancel).id == number
+
+
 # Cancelling
 
 
@@ -529,6 +565,23 @@ def test_a_question_is_asked_once_more(link: Link, engine: Engine, later: Later)
         wire.close()
         wire = engine.meet()
     assert problem_of(future).code == "engine_crashed"
+
+
+def test_an_engine_that_cuts_the_connection_has_not_crashed(
+    link: Link, engine: Engine, later: Later
+) -> None:
+    """The same process answers again: what it has cut off is not sent to it once more."""
+    wire = _first(link, engine, later)
+    job, _ = open_job(link, wire, later)
+    question = later(ask_status, link)
+    wire.receive(Question)
+    wire.close()
+    again = engine.meet(pid=wire.pid)
+    problem = to_end(job)[1].problem
+    assert problem is not None
+    assert (problem.status, problem.code) == (503, "engine_unavailable")
+    assert problem_of(question) == problem
+    open_job(link, again, later)  # whose order is the first that comes
 
 
 def test_bytes_that_are_no_messages_count_as_a_crash(

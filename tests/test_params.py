@@ -6,6 +6,7 @@ import pytest
 from charloom.errors import OptionError
 from charloom.params import (
     BIAS_LIMIT,
+    BIASES_LIMIT,
     PENALTY_LIMIT,
     SEED_LIMIT,
     STOP_LENGTH_LIMIT,
@@ -211,6 +212,16 @@ def test_sentences_of_penalties_biases_and_precision(
     with pytest.raises(OptionError) as caught:
         SamplingParams(**options)
     assert str(caught.value) == sentence
+
+
+def test_biases_have_a_number_too() -> None:
+    """Each costs a look-up and may cost a sentence, so there is one about them all."""
+    biases: dict[str | int, float] = dict.fromkeys(range(BIASES_LIMIT), 1.0)
+    assert SamplingParams(logit_bias=biases).logit_bias == biases
+    with pytest.raises(OptionError) as caught:
+        SamplingParams(logit_bias={**biases, "": 1000.0})
+    (problem,) = caught.value.problems
+    assert problem == f"logit_bias holds {BIASES_LIMIT + 1} tokens; give at most {BIASES_LIMIT}."
 
 
 def test_every_bias_out_of_range_is_told() -> None:

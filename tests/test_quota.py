@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from charloom.errors import OptionError
-from service.engine.quota import MINUTE, MemoryWindows, Quota
+from service.engine.quota import MINUTE, REST, MemoryWindows, Quota
 from service.errors import Problem, RequestError
 
 
@@ -174,6 +174,57 @@ def test_a_storage_that_does_not_answer_admits_nobody(caplog: pytest.LogCaptureF
     assert (answer.problem.status, answer.problem.code) == (503, "limits_unavailable")
     assert "127.0.0.1" not in answer.problem.message
     assert "does not answer" in caplog.text
+
+
+def test_a_storage_that_failed_is_left_in_peace_for_a_second(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither who comes then nor who waits in line by then has to wait for the same refusal."""
+    now = [0.0]
+    works: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
+    answers: list[RequestError | None] = []
+
+    def do_all() -> None:
+        for work, then in works:
+            try:
+                then(work())
+            except ConnectionError as error:
+                then(error)
+        works.clear()
+
+    windows = Silent()
+    quota = Quota(
+        "redis://nowhere",
+        1,
+        0,
+        lambda work, then: works.append((work, then)),
+        windows=windows,
+        clock=lambda: now[0],
+    )
+    quota.charge("a", 1, answers.append)
+    quota.charge("b", 1, answers.append)
+    do_all()
+    quota.charge("c", 1, answers.append)
+    assert not works
+    assert windows.asked == 1
+    codes = [None if answer is None else answer.problem.code for answer in answers]
+    assert codes == ["limits_unavailable"] * 3
+    assert caplog.text.count("does not answer") == 1
+    now[0] += REST
+    quota.charge("d", 1, answers.append)
+    do_all()
+    assert windows.asked == 2
+
+
+class Silent(MemoryWindows):
+    """Counters elsewhere, from where nothing comes back."""
+
+    asked = 0
+
+    def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
+        """Give up waiting."""
+        self.asked += 1
+        raise ConnectionError(f"{key} within {expiry} seconds")
 
 
 @pytest.mark.parametrize("uri", ["nowhere://:secret@host", "no address secret"])

@@ -29,12 +29,8 @@ from service.web.body import check, parse
 from service.web.wire.chat import ChatCompletion, ChatEvent, ChatRequest
 from service.web.wire.completions import Completion, CompletionEvent, CompletionRequest
 from service.web.wire.errors import ErrorBody
-from service.web.wire.inspection import (
-    DetokenizeRequest,
-    EmbeddingsRequest,
-    ScoreRequest,
-    TokenizeRequest,
-)
+from service.web.wire.inspection import EmbeddingsRequest, ScoreRequest
+from service.web.wire.tokens import DetokenizeRequest, TokenizeRequest
 
 pytestmark = pytest.mark.slow
 

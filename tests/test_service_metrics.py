@@ -136,3 +136,21 @@ def test_buckets_begin_at_ten_microseconds() -> None:
     assert sorted(SECONDS) == list(SECONDS)
     assert sorted(ROWS) == list(ROWS)
     assert max(later / earlier for earlier, later in pairwise(SECONDS)) <= 2.5001
+
+
+def test_the_text_is_kept_for_a_second() -> None:
+    """Asking more often takes no time from texts."""
+    now, looks = [1000.0], list[float]()
+
+    def look() -> Iterable[Sample]:
+        looks.append(now[0])
+        return ()
+
+    metrics = Metrics(look, clock=lambda: now[0])
+    text = metrics.text()
+    now[0] += 0.9
+    metrics.step(3)
+    assert metrics.text() is text
+    now[0] += 0.1
+    assert "charloom_batch_rows_count 1.0" in metrics.text()
+    assert looks == [1000.0, 1001.0]

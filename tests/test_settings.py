@@ -206,6 +206,14 @@ def test_an_open_door_is_remarked(host: str) -> None:
     assert remarks(Settings(host=host, keys_file=Path("keys")), {}) == []
 
 
+def test_the_address_that_is_listened_on_counts() -> None:
+    """Where gunicorn's command line says another than the settings, it decides."""
+    (remark,) = remarks(Settings(), {}, addresses=["127.0.0.1", "192.168.1.2"])
+    assert remark.startswith("Everybody who can reach 192.168.1.2 may use this service")
+    assert remarks(Settings(host="0.0.0.0"), {}, addresses=["127.0.0.1"]) == []
+    assert remarks(Settings(host="0.0.0.0"), {}, addresses=[]) == []
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_this_machine_alone_is_no_open_door(host: str) -> None:
     """Loopback addresses need no keys."""

@@ -13,12 +13,13 @@ import pytest
 
 import charloom
 from charloom.architecture import Architecture
-from charloom.checkpoint import ModelWriter, WriteMode, inspect_model
+from charloom.checkpoint import ModelWriter, WriteMode, inspect_model, model_names
 from charloom.decoding.request import Prompt, Request
 from charloom.errors import CheckpointError
 from charloom.model import Model
 from charloom.params import SamplingParams
 from charloom.tokenizer import CharacterTokenizer
+from service.engine import catalogue
 from service.engine.shelf import SCAN_INTERVAL, Served, Shelf
 from service.errors import RequestError
 from service.settings import Settings
@@ -118,11 +119,15 @@ class House:
         return found
 
     def settle(self) -> None:
-        """Wait for all that is being loaded."""
-        while self.shelf.is_loading:
-            assert self.woken.wait(timeout=60)
-            self.woken.clear()
-            self.shelf.poll()
+        """Wait for all that is being looked at and loaded."""
+        while self.shelf._scanning.pending or self.shelf._background.pending:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the next thing that has been done in the background."""
+        assert self.woken.wait(timeout=60)
+        self.woken.clear()
+        self.shelf.poll()
 
     def load(self, name: str) -> Served:
         """Wait for a model."""
@@ -141,9 +146,11 @@ class House:
         return error
 
     def later(self, seconds: float = SCAN_INTERVAL) -> None:
-        """Let some time pass."""
+        """Let some time pass, after which the folder is looked at."""
         self.now += seconds
         self.shelf.poll()
+        while self.shelf._scanning.pending:
+            self.wait()
 
     def names(self) -> list[str]:
         """The names of the models that are served."""
@@ -271,11 +278,10 @@ def test_settings_reach_the_model(models: Path, open_house: Open) -> None:
     "name", ["", "nobody", "../models/only", "only/", ".", "..", "on\0ly", ".only.lock", "x" * 5000]
 )
 def test_a_name_that_is_no_folder_is_not_served(name: str, models: Path, open_house: Open) -> None:
-    """It is told at once, and no name leads out of the folder."""
+    """It is told so, and no name leads out of the folder."""
     save(models / "only")
     house = open_house()
-    (error,) = house.ask(name)
-    assert isinstance(error, RequestError)
+    error = house.refuse(name)
     assert (error.problem.status, error.problem.param) == (404, "model")
     assert house.shelf.card(name) is None
 
@@ -384,7 +390,71 @@ def test_a_new_model_is_found(models: Path, open_house: Open) -> None:
     save(models / "newer")
     assert house.load("newer").name == "newer"
     save(models / "newest")
+    assert house.shelf.card("newest") is None
+    found: list[RequestError | None] = []
+    house.shelf.seek("newest", found.append)
+    house.settle()
+    assert found == [None]
     assert house.shelf.card("newest") is not None
+
+
+def test_the_folder_is_looked_at_beside_the_loop(
+    models: Path, open_house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk may be slow: whoever asks for what is known does not wait for it."""
+    save(models / "known")
+    house = open_house()
+    known = house.load("known")
+    slow, threads = threading.Event(), set[threading.Thread]()
+
+    def look(folder: Path) -> list[str]:
+        threads.add(threading.current_thread())
+        assert slow.wait(timeout=60)
+        return model_names(folder)
+
+    monkeypatch.setattr(catalogue, "model_names", look)
+    house.now += SCAN_INTERVAL
+    house.shelf.poll()
+    save(models / "new")
+    found = [house.ask(name) for name in ("known", "new", "none", "no/name")]
+    house.shelf.poll()
+    assert found[0] == [known]
+    assert found[1:3] == [[], []], "it is not known yet"
+    assert isinstance(found[3][0], RequestError), "a scan would not find it"
+    slow.set()
+    house.settle()
+    (new,), (none,) = found[1:3]
+    assert isinstance(new, Served)
+    assert isinstance(none, RequestError)
+    assert none.problem.status == 404
+    assert threading.current_thread() not in threads
+
+
+def test_what_a_slow_look_has_not_seen_is_not_forgotten(
+    models: Path, open_house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that turns out damaged while the folder is looked at is not served after that."""
+    save(models / "bad")
+    save(models / "good")
+    damage(models / "bad")
+    house = open_house()
+    slow = threading.Event()
+
+    def look(folder: Path) -> list[str]:
+        assert slow.wait(timeout=60)
+        return model_names(folder)
+
+    monkeypatch.setattr(catalogue, "model_names", look)
+    house.now += SCAN_INTERVAL
+    house.shelf.poll()
+    found = house.ask("bad")
+    while not found:
+        house.wait()
+    slow.set()
+    house.settle()
+    house.later()
+    assert set(house.shelf.broken) == {"bad"}
+    assert house.names() == ["good"]
 
 
 def test_a_replaced_model_is_loaded_anew(models: Path, open_house: Open) -> None:
@@ -397,7 +467,7 @@ def test_a_replaced_model_is_loaded_anew(models: Path, open_house: Open) -> None
     second = save(models / "only", seed=2, mode="overwrite")
     assert house.ask("only") == [old]
     house.later()
-    assert (old.retired, house.names()) == (True, ["only"])
+    assert house.names() == ["only"]
     new = house.load("only")
     assert (old.fingerprint, new.fingerprint) == (first, second)
     assert set(house.shelf.in_memory()) == {old, new}
@@ -589,6 +659,20 @@ def test_what_does_not_fit_beside_models_in_use_is_put_off(models: Path, open_ho
     served.unpin()
     assert house.load("b").name == "b"
     assert house.loaded() == {"b"}
+
+
+def test_nothing_is_unloaded_in_vain(models: Path, open_house: Open) -> None:
+    """Where models in use leave no room for another, those that nobody uses stay."""
+    save(models / "a")
+    save(models / "b")
+    save(models / "large", hidden=120)
+    with closing(House(models)) as trial:
+        large = trial.load("large").bytes
+    house = open_house(model_memory=large + memory_for(models, 1) // 2)
+    house.load("a").pin()
+    house.load("b")
+    assert house.refuse("large").problem.code == "model_memory"
+    assert house.loaded() == {"a", "b"}
 
 
 def test_a_model_that_never_fits_is_loaded_alone(

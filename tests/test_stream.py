@@ -11,13 +11,14 @@ import pytest
 from flask import Response
 from openai._streaming import SSEDecoder
 
+from service.call import LOOK
 from service.errors import unavailable
 from service.messages import Delta, Ended
 from service.web import stream
 from service.web.client import Client
 from service.web.context import Exchange
 from service.web.drain import Drain
-from service.web.waiting import LOOK, Waiting
+from service.web.waiting import Waiting, Watch
 from service.web.wire.chat import ChatReply
 from service.web.wire.completions import CompletionReply
 from service.web.wire.writing import Reply
@@ -49,7 +50,8 @@ def respond() -> Iterator[Respond]:
         heartbeat: float = 10.0,
     ) -> tuple[Response, Exchange]:
         exchange = Exchange(id="req_1", began=0.0)
-        waiting = Waiting(job, Client(None) if client is None else client, Drain(), clock=job.clock)
+        client = Client(None) if client is None else client
+        waiting = Waiting(job, Watch(client, Drain(), clock=job.clock))
         reply = form(job.accepted, wants_logprobs=False, wants_usage=usage)
         answer = stream.respond(waiting, reply, exchange, heartbeat=heartbeat, clock=job.clock)
         answers.append(answer)

@@ -268,6 +268,36 @@ def test_an_engine_that_is_killed_is_started_again(place: Place) -> None:
     assert len(place.engines) == 3
 
 
+def test_an_engine_that_is_stuck_is_killed_and_started_again(place: Place) -> None:
+    """One that only stands still gives no sign of it, and is found by asking."""
+    program = (
+        "import sys; from service import supervisor; "
+        "sys.exit(supervisor.main(sys.argv[1:], interval=0.5, patience=0.5))"
+    )
+    command = [sys.executable, "-c", program, "json", str(place.path), *place.command]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as watching:
+        until(place.path.exists)
+        link = place.dial()
+        stuck = ask(link)["pid"]
+        os.kill(stuck, signal.SIGSTOP)
+        until(lambda: place.engines[-1] != stuck)
+        assert ask(link)["restarts"] == "1"
+        link.close()
+        _, lines = watching.communicate(timeout=WAIT)
+    told = [json.loads(line) for line in lines.splitlines()]
+    assert [(line["event"], line.get("engine")) for line in told] == [
+        ("the engine is stuck and is killed", stuck),
+        ("the engine died and is started again", None),
+    ]
+
+
+def test_an_engine_that_turns_is_not_stuck(place: Place) -> None:
+    """It closes what says nothing, and nobody who listens cannot be stuck."""
+    assert supervisor.answers(place.path, 0.01)
+    ask(place.dial())
+    assert supervisor.answers(place.path, WAIT)
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_death_is_logged_in_the_services_form(
     place: Place, capfd: pytest.CaptureFixture[str], form: str

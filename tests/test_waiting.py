@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from service.call import LOOK
 from service.errors import RequestError
 from service.messages import Delta, Ended
 from service.web.client import Client
 from service.web.drain import Drain
-from service.web.waiting import FAREWELL, LOOK, ClientGone, Waiting
+from service.web.waiting import FAREWELL, MARGIN, ClientGone, Waiting, Watch
 
 DELTA = Delta(id=1, index=0, text="a", tokens=1)
 END = Ended(id=1)
@@ -20,9 +21,12 @@ END = Ended(id=1)
 ScriptedJob = runpy.run_path(str(Path(__file__).parent / "scripted_job.py"))["ScriptedJob"]
 
 
-def wait_for(job: Any, client: Client, drain: Drain | None = None) -> Waiting:
+def wait_for(
+    job: Any, client: Client, drain: Drain | None = None, timeout: float = math.inf
+) -> Waiting:
     """A wait by the job's own clock."""
-    return Waiting(job, client, Drain() if drain is None else drain, clock=job.clock)
+    watch = Watch(client, Drain() if drain is None else drain, clock=job.clock)
+    return Waiting(job, watch, timeout=timeout)
 
 
 @pytest.fixture
@@ -102,3 +106,25 @@ def test_a_worker_that_leaves_ends_the_wait_in_time_to_say_so() -> None:
         waiting.next(60)
     assert (caught.value.problem.status, caught.value.problem.code) == (503, "draining")
     assert drain.deadline < math.inf
+
+
+def test_an_engine_that_forgets_the_deadline_is_not_waited_for() -> None:
+    """A stuck engine ends nothing: some time after the deadline the wait does."""
+    job = ScriptedJob()
+    waiting = wait_for(job, Client(None), timeout=2.0)
+    job.now = 2.0 + MARGIN - LOOK - 0.1
+    assert waiting.next(60) is None
+    with pytest.raises(RequestError) as caught:
+        waiting.next(60)
+    assert (caught.value.problem.status, caught.value.problem.code) == (503, "engine_unavailable")
+    waiting.close()
+    assert job.is_cancelled
+
+
+def test_what_has_come_is_given_after_the_deadline_too() -> None:
+    """A client that took its time still gets all that was written for it."""
+    job = ScriptedJob([DELTA], END)
+    waiting = wait_for(job, Client(None), timeout=2.0)
+    job.now = 2.0 + MARGIN
+    assert waiting.next(60) == [DELTA]
+    assert waiting.next(60) == END

@@ -17,8 +17,7 @@ from charloom.errors import CharloomError
 from service import logs
 from service.engine.process import EngineProcess
 from service.settings import read
-
-RESTARTS = "CHARLOOM_ENGINE_RESTARTS"
+from service.supervisor import RESTARTS
 
 SWITCH_INTERVAL = 0.0005
 """Seconds after which a thread in the background gives Python's lock back to the loop, which asks

@@ -6,7 +6,7 @@ once and looked at again when any of its files changes.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,6 +28,8 @@ class Catalogue:
         self._broken: dict[str, str] = {}
         self._stamps: dict[str, Stamp] = {}
         self._obstacle: str | None = None
+        self.changes = 0
+        """How often something was noted from outside a scan."""
 
     @property
     def entries(self) -> Mapping[str, ModelEntry]:
@@ -42,6 +44,21 @@ class Catalogue:
     def path(self, name: str) -> Path:
         """Where a model lies."""
         return self._models / name
+
+    def scanned(self) -> Callable[[], "Catalogue"]:
+        """What looks at the folder, in any thread, and gives another catalogue of what is there
+        then; this one stays as it is meanwhile.
+        """
+        other = Catalogue(self._models)
+        other._entries, other._broken = self._entries.copy(), self._broken.copy()
+        other._stamps, other._obstacle = self._stamps.copy(), self._obstacle
+        other.changes = self.changes
+
+        def scan() -> Catalogue:
+            other.scan()
+            return other
+
+        return scan
 
     def scan(self) -> None:
         """Look at every folder, and forget those that are gone.
@@ -61,32 +78,32 @@ class Catalogue:
         for name in names:
             self._look(name)
 
-    def find(self, name: str) -> ModelEntry | None:
-        """A model that can be served, also one that has come since the last scan."""
-        if name not in self._entries and name not in self._broken and self._is_folder(name):
-            self._look(name)
-        return self._entries.get(name)
+    def is_new(self, name: str) -> bool:
+        """Whether only a fresh scan could tell of a model of this name."""
+        try:
+            check_name(name)
+        except ModelNameError:
+            return False
+        return name not in self._entries and name not in self._broken
 
     def renew(self, name: str) -> ModelEntry | None:
-        """The same, looked at now in any case."""
+        """A model that can be served, looked at now."""
+        self.changes += 1
         self._stamps.pop(name, None)
         self._look(name)
         return self._entries.get(name)
 
     def reject(self, name: str, reason: str, stamp: Stamp) -> None:
         """Serve a model no more until its files, which had this stamp, change."""
+        self.changes += 1
+        self._note_broken(name, reason, stamp)
+
+    def _note_broken(self, name: str, reason: str, stamp: Stamp) -> None:
         if self._broken.get(name) != reason:
             _log.error("The model %r is not served: %s", name, reason)
         self._broken[name] = reason
         self._stamps[name] = stamp
         self._entries.pop(name, None)
-
-    def _is_folder(self, name: str) -> bool:
-        try:
-            check_name(name)
-        except ModelNameError:
-            return False
-        return self.path(name).is_dir()
 
     def _look(self, name: str) -> None:
         """Take note of what a folder holds, where that has changed."""
@@ -98,12 +115,12 @@ class Catalogue:
             check_name(name)
             entry = inspect_model(self.path(name))
         except ModelNameError as error:
-            self.reject(name, str(error), stamp)
+            self._note_broken(name, str(error), stamp)
         except ModelMissingError:
             self._forget(name)
         else:
             if entry.problem is not None:
-                self.reject(name, entry.problem, stamp)
+                self._note_broken(name, entry.problem, stamp)
                 return
             if self._broken.pop(name, None) is not None:
                 _log.info("The model %r is sound again.", name)

@@ -1,23 +1,27 @@
 """One worker's socket: its frames come in, others go out, and nobody waits for anything.
 
-What the socket does not take stays in a buffer. Texts in the making do not go there: jobs keep them
-until the buffer has room again, so that a slow worker's deltas grow longer instead of more, and one
-large answer does not look like a worker that reads no more.
+What the socket does not take stays in a buffer. Neither texts in the making nor answers go there
+before the buffer has room: so a slow worker's deltas grow longer instead of more, and how much it
+has asked for does not make it look like one that reads no more.
 """
 
+import math
 import socket
 
 from service.frames import FrameReader, encode
-from service.messages import FromEngine, FromWorker
+from service.messages import FRAME_LIMIT, FromEngine, FromWorker
 
 READ_AT_ONCE = 1 << 18
 """Bytes that are read before other workers have their turn."""
 
 ROOM = 1 << 20
-"""Bytes in the buffer from which on texts wait outside."""
+"""Bytes in the buffer from which on texts and answers wait outside."""
 
-BUFFER_LIMIT = 64 << 20
-"""Bytes in the buffer of a worker that is given up: it asks and does not read."""
+PATIENCE = 30.0
+"""Seconds without taking a byte after which a worker is given up: it asks and does not read."""
+
+BUFFER_LIMIT = 2 * FRAME_LIMIT
+"""Bytes in the buffer of a worker that is given up at once; what waits outside never fills it."""
 
 
 class Connection:
@@ -28,6 +32,8 @@ class Connection:
         self._peer = peer
         self._reader: FrameReader[FromWorker] = FrameReader(FromWorker)
         self._out = bytearray()
+        # When the socket last took something, or there was nothing to take.
+        self._moved_at = math.inf
         self._is_broken = False
         self.is_open = True
         self.is_leaving = False
@@ -52,10 +58,15 @@ class Connection:
 
     def send(self, message: FromEngine) -> None:
         """Put a message into the buffer; raises `FrameError` where it is too long."""
-        self._out += encode(message)
+        self.put(encode(message))
 
-    def flush(self) -> None:
+    def put(self, frame: bytes) -> None:
+        """Put a message into the buffer that has been encoded elsewhere."""
+        self._out += frame
+
+    def flush(self, now: float) -> None:
         """Send what the socket takes."""
+        before = len(self._out)
         try:
             while self._out:
                 del self._out[: self._peer.send(self._out)]
@@ -63,6 +74,8 @@ class Connection:
             pass
         except OSError:  # the worker has died
             self._is_broken = True
+        if not self._out or len(self._out) < before:
+            self._moved_at = now
 
     @property
     def is_finished(self) -> bool:
@@ -71,7 +84,7 @@ class Connection:
 
     @property
     def has_room(self) -> bool:
-        """Whether texts may be put into the buffer."""
+        """Whether texts and answers may be put into the buffer."""
         return self.is_open and len(self._out) < ROOM
 
     @property
@@ -79,10 +92,9 @@ class Connection:
         """Whether the socket has not taken everything."""
         return bool(self._out)
 
-    @property
-    def is_flooded(self) -> bool:
-        """Whether too much is unsent."""
-        return len(self._out) > BUFFER_LIMIT
+    def is_flooded(self, now: float) -> bool:
+        """Whether its worker has not read for too long, or far too much is unsent."""
+        return now - self._moved_at > PATIENCE or len(self._out) > BUFFER_LIMIT
 
     def close(self) -> None:
         """End the connection; what was not sent is lost."""

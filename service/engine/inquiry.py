@@ -1,9 +1,9 @@
 """Questions about models and texts, and their answers.
 
-What takes no step of a network is a function: `describe`, `tokenise`, `detokenise`. Scores and
-embeddings are *works*: the texts are encoded when one is made, so that its cost is known and can be
-agreed to; then the engine reads them, and at last they are put together. No call waits for the
-engine, which whoever steps it does between them. The model stays pinned by the caller meanwhile.
+What is asked about texts is a *work*: they are encoded when it is made, so that its cost is known
+and can be agreed to; for scores and embeddings the engine then reads them; at last the answer is
+put together. No call waits for the engine, which whoever steps it does between them. The model
+stays pinned by the caller meanwhile.
 
 Encoding and `answer` take microseconds a token and may be done in another thread.
 """
@@ -22,10 +22,11 @@ from charloom.params import SamplingParams, UnknownPolicy
 from charloom.scoring import Score
 from charloom.tokenizer import Tokenizer
 from service.engine.faults import explain
-from service.engine.judgement import UNLIKELY, Spelling, finite
+from service.engine.judgement import Spelling, alternatives, finite
 from service.engine.shelf import Served, Shelf
 from service.errors import RequestError, invalid, unavailable, unknown_model
 from service.messages import (
+    NUMBERS_LIMIT,
     Describe,
     Detokenise,
     Embed,
@@ -41,8 +42,8 @@ from service.messages import (
     Tokens,
 )
 
-NUMBERS_LIMIT = 1 << 21
-"""Numbers and texts that an answer holds at most; as Python's objects they take 200 MB."""
+PACKED = 8
+"""Numbers of a vector, four bytes each, that take as much room as one number about a token."""
 
 
 def describe(shelf: Shelf, ask: Describe) -> Models:
@@ -55,35 +56,14 @@ def describe(shelf: Shelf, ask: Describe) -> Models:
     return Models(cards=[card])
 
 
-def tokenise(served: Served, ask: Tokenise) -> Tokens:
-    """The tokens of texts; raises `RequestError` for a character that the model does not know."""
-    tokenizer = served.model.tokenizer
-    encoded = _encode(ask.texts, tokenizer, unknown=ask.unknown, param="prompt")
-    _check_length(sum(map(len, encoded)), numbers=2, param="prompt")
-    tokens = [tokens_N.tolist() for tokens_N in encoded]
-    pieces = [list(map(tokenizer.stream_decoder().push, text)) for text in tokens]
-    return Tokens(tokens=tokens, pieces=pieces)
-
-
-def detokenise(served: Served, ask: Detokenise) -> Text:
-    """The text of tokens; raises `RequestError` for a number that is none of the model's."""
-    try:
-        return Text(text=served.model.tokenizer.decode(ask.tokens))
-    except CharloomError as error:
-        raise explain(error, param="tokens") from error
-
-
 class Work(ABC):
-    """A question that an engine reads texts for."""
+    """A question about texts, on its way to its answer."""
 
-    def __init__(self, served: Served, ask: ScoreTexts | Embed, now: float, *, cost: int) -> None:
+    def __init__(self, *, cost: int, numbers: int) -> None:
         self.cost = cost
-        """How many tokens are to be read, at least one a text."""
-        self._served = served
-        self._precision = served.precision(ask.precision)
-        self._owner = ask.owner
-        self._timeout = ask.timeout
-        self._deadline = now + ask.timeout
+        """How many tokens it is charged."""
+        self.numbers = numbers
+        """About how many numbers and texts the answer holds."""
         self._handles: Sequence[Handle] | None = None
         self._refusal: RequestError | None = None
         # How many of the first requests are known to have an outcome.
@@ -99,7 +79,7 @@ class Work(ABC):
             try:
                 if self._refusal is None:
                     self._handles = self._submit()
-            except CharloomError as error:
+            except Exception as error:  # a defect in one question's way is its failure
                 self._refusal = explain(error)
         return self._handles
 
@@ -119,6 +99,65 @@ class Work(ABC):
         self._refusal = _broken_off()
         for handle in [] if self._handles is None else self._handles:
             handle.cancel()
+
+    @abstractmethod
+    def answer(self) -> Scores | Embeddings | Tokens | Text:
+        """Put the answer together; raises `RequestError` where there is none.
+
+        To be asked for when the work is done, as it would wait for the engine.
+        """
+
+    def _submit(self) -> Sequence[Handle]:
+        """Ask the engine, where there is something to ask."""
+        return []
+
+
+class TokeniseWork(Work):
+    """The tokens of texts."""
+
+    def __init__(self, served: Served, ask: Tokenise) -> None:
+        """Encode the texts; raises `RequestError` for a character that the model does not know."""
+        self._tokenizer = served.model.tokenizer
+        self._tokens = _encode(ask.texts, self._tokenizer, unknown=ask.unknown, param="prompt")
+        tokens = sum(map(len, self._tokens))
+        super().__init__(cost=tokens, numbers=_count(tokens, each=2, param="prompt"))
+
+    def answer(self) -> Tokens:
+        """The tokens, and how they are spelled, for each text in their order."""
+        tokens = [tokens_N.tolist() for tokens_N in self._tokens]
+        pieces = [list(map(self._tokenizer.stream_decoder().push, text)) for text in tokens]
+        return Tokens(tokens=tokens, pieces=pieces)
+
+
+class DetokeniseWork(Work):
+    """The text of tokens."""
+
+    def __init__(self, served: Served, ask: Detokenise) -> None:
+        """Check the tokens; raises `RequestError` for a number that is none of the model's."""
+        self._tokenizer = served.model.tokenizer
+        try:
+            self._tokens = self._tokenizer.check(ask.tokens)
+        except CharloomError as error:
+            raise explain(error, param="tokens") from error
+        super().__init__(cost=len(ask.tokens), numbers=len(ask.tokens))
+
+    def answer(self) -> Text:
+        """What the tokens say."""
+        return Text(text=self._tokenizer.decode(self._tokens))
+
+
+class Reading(Work):
+    """A question that an engine reads texts for."""
+
+    def __init__(
+        self, served: Served, ask: ScoreTexts | Embed, now: float, *, cost: int, numbers: int
+    ) -> None:
+        super().__init__(cost=cost, numbers=numbers)
+        self._served = served
+        self._precision = served.precision(ask.precision)
+        self._owner = ask.owner
+        self._timeout = ask.timeout
+        self._deadline = now + ask.timeout
 
     def _outcomes(self) -> list[Outcome]:
         """What came of the requests; raises `RequestError` unless all texts were read to their
@@ -141,19 +180,8 @@ class Work(ABC):
             )
         return outcomes
 
-    @abstractmethod
-    def answer(self) -> Scores | Embeddings:
-        """Put together what was read; raises `RequestError` where that is not all.
 
-        To be asked for when the work is done, as it would wait for the engine.
-        """
-
-    @abstractmethod
-    def _submit(self) -> Sequence[Handle]:
-        """Ask the engine."""
-
-
-class ScoreWork(Work):
+class ScoreWork(Reading):
     """How likely texts are, each read from its own start."""
 
     def __init__(self, served: Served, ask: ScoreTexts, now: float) -> None:
@@ -169,8 +197,9 @@ class ScoreWork(Work):
             except CharloomError as error:
                 raise _named(error, number, len(ask.texts), param="text") from error
         top = min(ask.top, served.model.tokenizer.vocabulary_size)
-        _check_length(sum(map(len, self._tokens)), numbers=5 + 2 * top, param="text")
-        super().__init__(served, ask, now, cost=sum(max(len(text), 1) for text in self._tokens))
+        numbers = _count(sum(map(len, self._tokens)), each=5 + 2 * top, param="text")
+        cost = sum(max(len(text), 1) for text in self._tokens)
+        super().__init__(served, ask, now, cost=cost, numbers=numbers)
 
     def _submit(self) -> Sequence[Handle]:
         return [
@@ -195,7 +224,7 @@ class ScoreWork(Work):
         )
 
 
-class EmbedWork(Work):
+class EmbedWork(Reading):
     """The last layer's hidden state after inputs, each read from its own start.
 
     The engine keeps the state before a prompt's last token, from which all its choices branch. So
@@ -217,7 +246,9 @@ class EmbedWork(Work):
         self._tokens = sum(map(len, inputs))
         after = np.array([tokenizer.end], np.int32)
         self._scripts = [Script(np.concatenate([tokens_N, after])) for tokens_N in inputs]
-        super().__init__(served, ask, now, cost=self._tokens)
+        hidden = served.model.checkpoint.architecture.hidden
+        numbers = len(inputs) * hidden // PACKED
+        super().__init__(served, ask, now, cost=self._tokens, numbers=numbers)
 
     def _submit(self) -> Sequence[Handle]:
         engine = self._served.model.engine(self._precision)
@@ -277,16 +308,17 @@ def _named(error: CharloomError, number: int, count: int, *, param: str) -> Requ
     return invalid(f"{param} {number} (counted from 0): {refusal}", param=param)
 
 
-def _check_length(tokens: int, *, numbers: int, param: str) -> None:
-    """Refuse to answer with so many numbers for each token that they would fill the memory."""
-    if tokens * numbers > NUMBERS_LIMIT:
+def _count(tokens: int, *, each: int, param: str) -> int:
+    """How many numbers an answer holds; raises `RequestError` where they would fill the memory."""
+    if tokens * each > NUMBERS_LIMIT:
         raise invalid(
-            f"{param} has {tokens} tokens, and with {numbers} numbers for each an answer may be "
-            f"about {NUMBERS_LIMIT // numbers}; send less text at a time, or ask for fewer "
+            f"{param} has {tokens} tokens, and with {each} numbers for each an answer may be "
+            f"about {NUMBERS_LIMIT // each}; send less text at a time, or ask for fewer "
             "alternatives.",
             param=param,
             code="too_much_work",
         )
+    return tokens * each
 
 
 def _broken_off() -> RequestError:
@@ -296,8 +328,11 @@ def _broken_off() -> RequestError:
 
 def _score_card(score: Score, spelling: Spelling) -> ScoreCard:
     """A score in lists and numbers that JSON carries."""
-    has_score = [rank > 0 for rank in score.ranks_N.tolist()]
-    top_logprobs = np.nan_to_num(score.top_logprobs_NT, nan=UNLIKELY, neginf=UNLIKELY).tolist()
+    has_score_N = score.ranks_N > 0
+    has_score = has_score_N.tolist()
+    tops = iter(
+        alternatives(score.top_NT[has_score_N], score.top_logprobs_NT[has_score_N], spelling)
+    )
     judged = Judged(
         tokens=list(score.pieces),
         ids=score.tokens_N.tolist(),
@@ -305,12 +340,7 @@ def _score_card(score: Score, spelling: Spelling) -> ScoreCard:
             logprob if known else None
             for logprob, known in zip(finite(score.logprobs_N), has_score, strict=True)
         ],
-        top=[
-            list(zip(map(spelling, tokens), logprobs, strict=True)) if known else None
-            for tokens, logprobs, known in zip(
-                score.top_NT.tolist(), top_logprobs, has_score, strict=True
-            )
-        ],
+        top=[next(tops) if known else None for known in has_score],
     )
     return ScoreCard(
         judged=judged,

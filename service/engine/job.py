@@ -29,15 +29,9 @@ from service.engine.faults import explain
 from service.engine.judgement import Spelling
 from service.engine.shelf import Served
 from service.engine.source import Source, encode
-from service.errors import Problem, invalid
-from service.messages import Accepted, Delta, Ended, Submit
+from service.errors import Problem, invalid, invalid_all
+from service.messages import NUMBERS_LIMIT, TEXTS_LIMIT, Accepted, Delta, Ended, Submit
 from service.settings import Settings
-
-TEXTS_LIMIT = 1 << 14
-"""Texts of one request, however short: each has an answer of its own."""
-
-NUMBERS_LIMIT = 1 << 21
-"""Log-probabilities of one request; as Python's objects these take some 200 MB in a worker."""
 
 TOLD_AT_ONCE = 1 << 18
 """About as many characters and numbers are told in one go."""
@@ -69,7 +63,7 @@ class Job:
         self._sources = encode(order, model.tokenizer)
         self.prompt_tokens = sum(len(source.prompt.tokens) for source in self._sources)
         self.texts = len(self._sources) * choices
-        self.cost = self._count_cost(settings.work)
+        self.cost, self.numbers = self._count(settings.work)
         precision = served.precision(params.precision)
         self.engine = model.engine(precision)
         self.arithmetic = model.arithmetic(precision)
@@ -92,8 +86,9 @@ class Job:
         self.first_at: float | None = None
         """When the first token came; known of streams."""
 
-    def _count_cost(self, work: int) -> int:
-        """How many tokens it may come to; raises `RequestError` where that is too much.
+    def _count(self, work: int) -> tuple[int, int]:
+        """How many tokens it may come to, and how many log-probabilities; raises `RequestError`
+        where that is too much.
 
         A prompt is read once, but counts for each choice that begins with it.
         """
@@ -101,6 +96,7 @@ class Job:
         read = self.prompt_tokens * (params.n if self.order.is_echoed else 1)
         cost = read + texts * params.max_tokens
         top = min(params.logprobs or 0, self.served.model.tokenizer.vocabulary_size)
+        numbers = 0 if params.logprobs is None else cost * (1 + top)
         if cost > work:
             param, problem = (
                 "max_tokens",
@@ -114,15 +110,15 @@ class Job:
                 f"The request is for {texts} texts of {len(self._sources)} prompts; ask for at "
                 f"most {TEXTS_LIMIT} texts at a time.",
             )
-        elif params.logprobs is not None and cost * (1 + top) > NUMBERS_LIMIT:
+        elif numbers > NUMBERS_LIMIT:
             param, problem = (
                 "logprobs",
-                f"The request may come to {cost * (1 + top)} log-probabilities ({1 + top} of each "
+                f"The request may come to {numbers} log-probabilities ({1 + top} of each "
                 f"of {cost} tokens), and a request may ask for {NUMBERS_LIMIT}; ask for fewer "
                 "alternatives or shorter texts.",
             )
         else:
-            return cost
+            return cost, numbers
         raise invalid(problem, param=param, code="too_much_work")
 
     def admit(self, now: float) -> Accepted:
@@ -212,7 +208,7 @@ class Job:
             if isinstance(event, Outcome):
                 del self._running[handle]
                 self._end(source, choice, event)
-            elif choice is not None:
+            elif choice is not None and not self._is_stopped:
                 choice.add(event.text, len(event.tokens), event.logprobs)
                 if choice.has_text:
                     self._telling[choice] = None
@@ -280,6 +276,15 @@ class Job:
     def cancel(self) -> None:
         """Write no further, and tell nothing but the end."""
         self._is_cancelled = True
+        self._stop()
+
+    def fail(self, error: Exception) -> None:
+        """End it for a defect that showed while it was started, taken from or told."""
+        self._problem = self._explain(error)
+        # Where the defect kept an outcome from being noted, no other will come.
+        self._running = {
+            handle: text for handle, text in self._running.items() if handle.outcome is None
+        }
         self._stop()
 
     def _stop(self) -> None:
@@ -350,4 +355,4 @@ def _bias(model: Model, order: Submit) -> NDArray[np.float32] | None:
     try:
         return model.bias(order.params)
     except OptionError as error:
-        raise invalid(str(error), param="logit_bias") from error
+        raise invalid_all([("logit_bias", problem) for problem in error.problems]) from error

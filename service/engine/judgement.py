@@ -9,15 +9,14 @@ number, so that clients may compare them with `==` to find out whether the likel
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from charloom.decoding.assessment import Assessment, Floats
 from charloom.tokenizer import Tokenizer
-from service.messages import Judged
-
-UNLIKELY = -9999.0
-"""The logarithm of a probability of 0, which JSON cannot carry."""
+from service.messages import UNLIKELY, Judged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +82,8 @@ class Judgements:
                 judged.top.extend([None] * len(part.ids[some]))
             else:
                 judged.logprobs.extend(finite(part.assessment.logprobs_N[some]))
-                judged.top.extend(alternatives(part.assessment[some], self._spelling))
+                known = part.assessment[some]
+                judged.top.extend(alternatives(known.top_NT, known.top_logprobs_NT, self._spelling))
             count = min(limit, len(part) - self._taken)
             limit -= count
             self._length -= count
@@ -116,10 +116,12 @@ def finite(logprobs: Floats) -> list[float]:
     return fit
 
 
-def alternatives(assessment: Assessment, spelling: Spelling) -> list[list[tuple[str, float]]]:
-    """The likeliest tokens at each place, the likeliest first."""
-    values = np.nan_to_num(assessment.top_logprobs_NT, nan=UNLIKELY, neginf=UNLIKELY)
+def alternatives(
+    top_NT: NDArray[np.integer[Any]], top_logprobs_NT: Floats, spelling: Spelling
+) -> list[list[tuple[str, float]]]:
+    """The likeliest tokens at each of N places, the likeliest first."""
+    values = np.nan_to_num(top_logprobs_NT, nan=UNLIKELY, neginf=UNLIKELY)
     return [
         list(zip(map(spelling, tokens), logprobs, strict=True))
-        for tokens, logprobs in zip(assessment.top_NT.tolist(), values.tolist(), strict=True)
+        for tokens, logprobs in zip(top_NT.tolist(), values.tolist(), strict=True)
     ]

@@ -3,6 +3,9 @@
 The lane hands the engine no more texts than it has rows. So a job waits in one place, where it is
 known that it waits, where owners take their turns and from where it is cheaply taken back; and a
 look at what the engine has to tell is a look at its rows.
+
+A defect that shows while a job is handled fails that job: an exception that got out of here would
+take the process along, and everybody's requests.
 """
 
 import math
@@ -60,18 +63,16 @@ class Lane:
         """Start texts as far as there are rows, owner by owner."""
         if now >= self._next_deadline:
             self._expire(now)
-        for job in [job for job in self._held if job.can_start]:
+        # One that has failed meanwhile takes its turn too, and is gone.
+        for job in [job for job in self._held if job.can_start or not job.has_more]:
             del self._held[job]
             self._line.push_back(job.order.owner, job)
         while self._line and len(self._running) < self.engine.capacity:
             job = self._line.pop()
-            if job.can_start:
-                self._running[job.start(now)] = job
-                self.streams += job.order.is_streamed
-                if job.has_more:
-                    self._line.push_back(job.order.owner, job)
-            elif job.has_more:
-                self._held[job] = None
+            try:
+                self._advance(job, now)
+            except Exception as error:  # a defect in one job's way is that job's failure
+                job.fail(error)
 
     def collect(self, now: float) -> None:
         """Take over what the engine tells of its texts."""
@@ -79,11 +80,24 @@ class Lane:
         for handle, job in self._running.items():
             events = handle.take()
             if events:
-                job.take(handle, events, now)
+                try:
+                    job.take(handle, events, now)
+                except Exception as error:  # a defect in one job's way is that job's failure
+                    job.fail(error)
                 if handle.outcome is not None:
                     ended.append(handle)
         for handle in ended:
             self.streams -= self._running.pop(handle).order.is_streamed
+
+    def _advance(self, job: Job, now: float) -> None:
+        """Start a job's next text, or let the job wait until that can be."""
+        if job.can_start:
+            self._running[job.start(now)] = job
+            self.streams += job.order.is_streamed
+            if job.has_more:
+                self._line.push_back(job.order.owner, job)
+        elif job.has_more:
+            self._held[job] = None
 
     def _expire(self, now: float) -> None:
         """Give up what could not be started in time."""
@@ -91,6 +105,9 @@ class Lane:
         over += [job for job in self._held if now >= job.deadline]
         for job in over:
             self._held.pop(job, None)
-            job.expire()
+            try:
+                job.expire()
+            except Exception as error:  # a defect in one job's way is that job's failure
+                job.fail(error)
         left = (*self._line, *self._held)
         self._next_deadline = min((job.deadline for job in left), default=math.inf)

@@ -8,6 +8,8 @@ they end and steps once a block, and what others count anyway is looked up when 
 Histograms begin at 10 microseconds, since a small model writes a character in 20.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
@@ -99,6 +101,9 @@ METRICS = {
 }
 """All of them; to these come the client library's `process_...` of the engine process."""
 
+TEXT_AGE = 1.0
+"""Seconds for which the text is kept: making it takes milliseconds in which nothing is written."""
+
 Sample = tuple[str, tuple[str, ...], float]
 """A metric's name, the values of its labels, and the number at this moment."""
 
@@ -129,7 +134,11 @@ class _Snapshot(Collector):
 class Metrics:
     """The service's registry; `look` gives the numbers that are kept elsewhere."""
 
-    def __init__(self, look: Callable[[], Iterable[Sample]]) -> None:
+    def __init__(
+        self, look: Callable[[], Iterable[Sample]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._text, self._made_at = "", -math.inf
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._registry.register(_Snapshot(look))
@@ -179,8 +188,11 @@ class Metrics:
             self._http_seconds.labels(route, method).observe(seconds)
 
     def text(self) -> str:
-        """All of it in Prometheus' text format."""
-        return generate_latest(self._registry).decode()
+        """All of it in Prometheus' text format, as it was a second ago at most."""
+        now = self._clock()
+        if now - self._made_at >= TEXT_AGE:
+            self._text, self._made_at = generate_latest(self._registry).decode(), now
+        return self._text
 
     def _counter(self, name: str) -> Counter:
         _, labels, text = METRICS[name]

@@ -98,13 +98,16 @@ class EngineProcess:
         # When all work was last looked at.
         self._looked_at = clock()
         self._background = Background(self._wake)
+        # Not the same threads: where Redis is silent, texts are encoded all the same.
+        self._accounts = Background(self._wake)
         quota = Quota(
             settings.limits_storage,
             settings.requests_per_minute,
             settings.tokens_per_minute,
-            self._background.run,
+            self._accounts.run,
+            clock=clock,
         )
-        self._metrics = Metrics(self._look)
+        self._metrics = Metrics(self._look, clock)
         self._bell, self._ear = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         for end in (self._bell, self._ear, listener):
@@ -135,6 +138,7 @@ class EngineProcess:
         for key, _ in ready:
             key.data()
         self._background.deliver()
+        self._accounts.deliver()
         self._shelf.poll()
         self._step()
         self._tell()
@@ -147,6 +151,7 @@ class EngineProcess:
         for worker in [*self._workers]:
             self._part(worker)
         self._background.close()
+        self._accounts.close()
         self._shelf.close()
         self._selector.close()
         for end in (self._bell, self._ear, self._listener):
@@ -156,8 +161,9 @@ class EngineProcess:
 
     @property
     def _is_busy(self) -> bool:
-        """Whether some engine has work."""
-        return bool(self._reception.lanes or self._reception.works)
+        """Whether there is something to do that nobody has to be waited for."""
+        reception = self._reception
+        return bool(reception.lanes or reception.works) or reception.can_tell
 
     def _pause(self, timeout: float) -> float:
         """How long there may be nothing to do."""
@@ -246,11 +252,12 @@ class EngineProcess:
 
     def _send(self, worker: Worker) -> None:
         """Let the socket take what it takes, and be told when it takes more."""
-        connection = worker.connection
-        connection.flush()
-        if connection.is_flooded:
+        connection, now = worker.connection, self._clock()
+        connection.flush(now)
+        is_flooded = connection.is_flooded(now)
+        if is_flooded:
             _log.error("The worker %d is cut off: it asks and does not read.", worker.pid)
-        if connection.is_finished or connection.is_flooded:
+        if connection.is_finished or is_flooded:
             self._part(worker)
         elif connection.is_stuck != worker.is_watched:
             worker.is_watched = connection.is_stuck
@@ -294,6 +301,7 @@ class EngineProcess:
         for ticket, work in [*reception.works.items()]:
             if work.is_done:
                 reception.settle(ticket, work)
+        reception.deliver()
 
     # How it is
 

@@ -36,6 +36,11 @@ MEMORY = "memory://"
 REDIS_TIMEOUT = 2.0
 """Seconds that Redis gets to answer."""
 
+REST = 1.0
+"""Seconds for which Redis is not asked after it has failed: each request would wait as long for the
+same refusal.
+"""
+
 _log = logging.getLogger("charloom.engine")
 
 Answer = Callable[[RequestError | None], None]
@@ -119,6 +124,7 @@ class Quota:
         run_in_thread: RunInThread,
         *,
         windows: Windows | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`windows` takes the place of what the URI names.
 
@@ -131,6 +137,8 @@ class Quota:
             if limit
         ]
         self._run_in_thread = run_in_thread
+        self._clock = clock
+        self._rests_until = -math.inf
         self._is_local = storage_uri == MEMORY
         self._windows: Windows
         if windows is not None:
@@ -156,10 +164,22 @@ class Quota:
             )
         elif self._is_local:
             then(self._take(owner, tokens))
+        elif self._clock() < self._rests_until:
+            then(_silent())
         else:
             self._run_in_thread(
-                lambda: self._take(owner, tokens), lambda answer: then(_explain(answer))
+                lambda: self._ask(owner, tokens), lambda answer: then(_explain(answer))
             )
+
+    def _ask(self, owner: str, tokens: int) -> RequestError | None:
+        """The same as `_take` where that may fail; whoever is next in line need not wait again."""
+        if self._clock() < self._rests_until:
+            return _silent()
+        try:
+            return self._take(owner, tokens)
+        except Exception:  # whatever the storage's client library raises
+            self._rests_until = self._clock() + REST
+            raise
 
     def _take(self, owner: str, tokens: int) -> RequestError | None:
         """Look at all limits before anything is counted, so that a refusal costs nothing."""
@@ -195,6 +215,10 @@ def _explain(answer: RequestError | Exception | None) -> RequestError | None:
     if answer is None or isinstance(answer, RequestError):
         return answer
     _log.error("The storage of budgets does not answer.", exc_info=answer)
+    return _silent()
+
+
+def _silent() -> RequestError:
     return unavailable(
         "The service cannot count requests at the moment, so it admits none; try again later.",
         code="limits_unavailable",

@@ -2,11 +2,13 @@
 
 In this order, so that nothing is charged that is not going to be done:
 
-    1. the model is there, loaded if need be                         404, 500, 503
-    2. the request can be read, and is not too much work             400
-    3. it need not wait, or the queue is not full                    503
-    4. the owner's budget allows for it                              429
-    5. `Accepted` is sent, and it waits for a row
+    1. there is a place: each HTTP worker has threads for all places 503
+    2. the model is there, loaded if need be                         404, 500, 503
+    3. the request can be read, and is not too much work             400
+    4. it need not wait, or the queue is not full                    503
+    5. there is memory for its answer's numbers beside the others'   503
+    6. the owner's budget allows for it                              429
+    7. `Accepted` is sent, and it waits for a row
 
 Whatever takes long happens elsewhere and comes back: models are loaded by the shelf, engines opened
 and long texts encoded in the background, budgets perhaps asked for in Redis. A request may be
@@ -20,17 +22,25 @@ from typing import TypeVar
 from charloom.decoding.engine import Engine
 from service.engine.background import Background
 from service.engine.faults import explain
-from service.engine.inquiry import EmbedWork, ScoreWork, describe, detokenise, tokenise
+from service.engine.inquiry import (
+    DetokeniseWork,
+    EmbedWork,
+    ScoreWork,
+    TokeniseWork,
+    Work,
+    describe,
+)
 from service.engine.job import Job
 from service.engine.lane import Lane
 from service.engine.metrics import Metrics
+from service.engine.places import Places
 from service.engine.quota import Quota
 from service.engine.shelf import Served, Shelf
-from service.engine.source import PROMPTS_LIMIT
 from service.engine.worker import Ticket, Worker
 from service.errors import RequestError, invalid, unavailable
-from service.frames import FrameError
+from service.frames import FrameError, encode
 from service.messages import (
+    PROMPTS_LIMIT,
     Answer,
     AskMetrics,
     AskStatus,
@@ -54,8 +64,11 @@ from service.settings import Settings
 QUICK = 1 << 16
 """Characters or tokens that are encoded at once; more are encoded in the background."""
 
-QUICK_ANSWER = 1 << 10
-"""Tokens whose scores are put into words at once."""
+QUICK_SPELLING = 1 << 12
+"""Characters, tokens and biases that are looked up one by one at once: some milliseconds."""
+
+QUICK_ANSWER = 1 << 12
+"""Numbers about tokens that are put into words and encoded at once."""
 
 Inquiry = Tokenise | Detokenise | ScoreTexts | Embed
 Body = Models | Scores | Embeddings | Tokens | Text | Status
@@ -63,7 +76,9 @@ Result = TypeVar("Result")
 
 
 class Reception:
-    """Admits, refuses and lets go; `jobs` and `works` are what was admitted and is not over."""
+    """Admits, refuses and lets go; `jobs` and `works` are what was admitted and is not over, and
+    `answers` what waits, encoded, for room in its worker's buffer.
+    """
 
     def __init__(
         self,
@@ -82,7 +97,9 @@ class Reception:
         self._clock = clock
         self.lanes: dict[Engine, Lane] = {}
         self.jobs: dict[Ticket, Job] = {}
-        self.works: dict[Ticket, ScoreWork | EmbedWork] = {}
+        self.works: dict[Ticket, Work] = {}
+        self.answers: dict[Ticket, bytes] = {}
+        self._places = Places(settings.rows + settings.queue)
         self._charging = 0
         """Requests that wait for their budget, after there was room for them."""
 
@@ -96,6 +113,10 @@ class Reception:
     def submit(self, worker: Worker, order: Submit) -> None:
         """Begin to admit a request; raises `FrameError` where its number is taken."""
         ticket = worker.open(order.id, is_question=False)
+        refusal = self._places.enter()
+        if refusal is not None and not order.is_repeated:
+            self.refuse(ticket, refusal)
+            return
         self._shelf.get(order.model, partial(self._read, ticket, order))
 
     def _read(self, ticket: Ticket, order: Submit, served: Served | RequestError) -> None:
@@ -116,7 +137,7 @@ class Reception:
         self._do(
             partial(Job, order, served, self._settings),
             partial(self._weigh, ticket, order),
-            is_quick=is_open and sum(map(len, order.prompts)) <= QUICK,
+            is_quick=is_open and _is_quick(order),
         )
 
     def _weigh(self, ticket: Ticket, order: Submit, job: Job | Exception) -> None:
@@ -130,7 +151,18 @@ class Reception:
         lane = self.lanes.get(job.engine)
         room = job.engine.capacity if lane is None else lane.room
         if room <= self._charging and self.waiting >= self._settings.queue:
-            self.refuse(ticket, self._full())
+            self.refuse(
+                ticket,
+                unavailable(
+                    f"{self._settings.queue} requests are waiting, which is all that may; try "
+                    "again later.",
+                    code="queue_full",
+                ),
+            )
+            return
+        refusal = self._places.reserve(ticket, job.numbers)
+        if refusal is not None:
+            self.refuse(ticket, refusal)
             return
         self._charging += 1
         self._quota.charge(order.owner, job.cost, partial(self._charged, ticket, job))
@@ -153,12 +185,6 @@ class Reception:
         lane.push(job)
         lane.feed(now)
 
-    def _full(self) -> RequestError:
-        return unavailable(
-            f"{self._settings.queue} requests are waiting, which is all that may; try again later.",
-            code="queue_full",
-        )
-
     # Questions
 
     def ask(self, worker: Worker, question: Question) -> None:
@@ -167,77 +193,99 @@ class Reception:
         How the process is doing it tells itself.
         """
         ticket, ask = worker.open(question.id, is_question=True), question.ask
+        refusal = self._places.enter()
         assert not isinstance(ask, AskStatus | AskMetrics), "no model is asked about these"
         if isinstance(ask, Describe):
-            self._do(partial(describe, self._shelf, ask), partial(self._tell, ticket))
+            then = partial(self._describe, ticket, ask)
+            if ask.model is None:
+                then(None)
+            else:
+                self._shelf.seek(ask.model, then)
+        elif refusal is not None:
+            self.refuse(ticket, refusal)
         else:
             self._shelf.get(ask.model, partial(self._inquire, ticket, ask))
 
+    def _describe(self, ticket: Ticket, ask: Describe, refusal: RequestError | None) -> None:
+        """The models are known: tell of them, which takes no work."""
+        if refusal is not None:
+            self._give_up(ticket, refusal)
+            return
+        self._do(
+            partial(_word, ticket.id, partial(describe, self._shelf, ask)),
+            partial(self._tell, ticket),
+        )
+
     def _inquire(self, ticket: Ticket, ask: Inquiry, served: Served | RequestError) -> None:
-        """The model is known: answer what takes no steps, and encode what does."""
+        """The model is known: encode the texts."""
         if isinstance(served, Exception) or ticket.is_cancelled:
             self._give_up(ticket, served)
             return
         ticket.pin(served)
-        is_short = _size(ask) <= QUICK
-        if isinstance(ask, Tokenise):
-            tokenising = partial(tokenise, served, ask)
-            self._do(tokenising, partial(self._tell, ticket), is_quick=is_short)
-        elif isinstance(ask, Detokenise):
-            joining = partial(detokenise, served, ask)
-            self._do(joining, partial(self._tell, ticket), is_quick=is_short)
-        else:
-            is_open = served.model.is_open(served.precision(ask.precision))
-            self._do(
-                partial(_encode, served, ask, self._clock()),
-                partial(self._charge, ticket, ask),
-                is_quick=is_short and is_open,
-            )
+        is_ready = not isinstance(ask, ScoreTexts | Embed) or served.model.is_open(
+            served.precision(ask.precision)
+        )
+        self._do(
+            partial(_encode, served, ask, self._clock()),
+            partial(self._charge, ticket, ask),
+            is_quick=is_ready and _size(ask) <= QUICK,
+        )
 
-    def _charge(
-        self, ticket: Ticket, ask: ScoreTexts | Embed, work: ScoreWork | EmbedWork | Exception
-    ) -> None:
+    def _charge(self, ticket: Ticket, ask: Inquiry, work: Work | Exception) -> None:
         """The texts are encoded: look whether there is room and budget."""
         if isinstance(work, Exception) or ticket.is_cancelled:
             self._give_up(ticket, work)
             return
         if work.cost > self._settings.work:
             problem = (
-                f"The texts have {work.cost} tokens, and a request may be about "
-                f"{self._settings.work}; send fewer or shorter texts."
+                f"The texts cost {work.cost} tokens, of which each text to score costs at least "
+                f"one, and a request may cost {self._settings.work}; send fewer or shorter texts."
             )
             self.refuse(ticket, invalid(problem, code="too_much_work"))
-        elif len(self.works) >= self._settings.queue + self._settings.rows:
-            self.refuse(ticket, self._full())
+            return
+        refusal = self._places.reserve(ticket, work.numbers)
+        if refusal is not None:
+            self.refuse(ticket, refusal)
         else:
             self._quota.charge(ask.owner, work.cost, partial(self._study, ticket, work))
 
-    def _study(
-        self, ticket: Ticket, work: ScoreWork | EmbedWork, refusal: RequestError | None
-    ) -> None:
+    def _study(self, ticket: Ticket, work: Work, refusal: RequestError | None) -> None:
         """The budget is known: the engine may read, as soon as the work is looked at."""
         if isinstance(refusal, Exception) or ticket.is_cancelled:
             self._give_up(ticket, refusal)
             return
         ticket.work = self.works[ticket] = work
 
-    def settle(self, ticket: Ticket, work: ScoreWork | EmbedWork) -> None:
+    def settle(self, ticket: Ticket, work: Work) -> None:
         """Answer a question whose texts have been read."""
         del self.works[ticket]
-        self._do(work.answer, partial(self._tell, ticket), is_quick=work.cost <= QUICK_ANSWER)
+        self._do(
+            partial(_word, ticket.id, work.answer),
+            partial(self._tell, ticket),
+            is_quick=work.numbers <= QUICK_ANSWER,
+        )
 
-    def _tell(self, ticket: Ticket, body: Body | Exception) -> None:
-        """Answer a question."""
-        if isinstance(body, Exception) or ticket.is_cancelled:
-            self._give_up(ticket, body)
-            return
-        try:
-            ticket.worker.send(Answer(id=ticket.id, body=body))
-        except FrameError as error:
-            problem = f"The answer is too long: {error} Ask for less at a time."
-            self.refuse(ticket, invalid(problem, code="too_much_work"))
+    def _tell(self, ticket: Ticket, frame: bytes | Exception) -> None:
+        """Let an answer wait for room in its worker's buffer."""
+        if isinstance(frame, Exception) or ticket.is_cancelled:
+            self._give_up(ticket, frame)
         else:
-            self.close(ticket)
+            self.answers[ticket] = frame
+
+    def deliver(self) -> None:
+        """Send the answers that there is room for; the others keep their places meanwhile."""
+        for ticket, frame in [*self.answers.items()]:
+            if ticket.is_cancelled:
+                self._give_up(ticket, None)
+            elif ticket.worker.connection.has_room:
+                ticket.worker.connection.put(frame)
+                self.close(ticket)
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether something waits to be told to a worker that has room for it."""
+        waiting = (*self.answers, *(ticket for ticket, job in self.jobs.items() if job.has_news))
+        return any(ticket.worker.connection.has_room for ticket in waiting)
 
     # The end
 
@@ -265,6 +313,8 @@ class Reception:
             ticket.served.unpin()
         self.jobs.pop(ticket, None)
         self.works.pop(ticket, None)
+        self.answers.pop(ticket, None)
+        self._places.leave(ticket)
         del ticket.worker.tickets[ticket.id]
 
     # Steps on the way
@@ -301,13 +351,34 @@ def _size(ask: Inquiry) -> int:
     return sum(map(len, ask.inputs if isinstance(ask, Embed) else ask.texts))
 
 
-def _encode(served: Served, ask: ScoreTexts | Embed, now: float) -> ScoreWork | EmbedWork:
-    """Encode texts that an engine is to read, and open it; raises `RequestError`."""
+def _is_quick(order: Submit) -> bool:
+    """Whether the prompts are encoded soon; an echo is spelled, token by token."""
+    size, biases = sum(map(len, order.prompts)), order.params.logit_bias
+    named = 0 if biases is None else len(biases)
+    return size <= QUICK and named + size * order.is_echoed <= QUICK_SPELLING
+
+
+def _encode(served: Served, ask: Inquiry, now: float) -> Work:
+    """Encode texts, and open the engine that is to read them; raises `RequestError`."""
+    if isinstance(ask, Detokenise):
+        return DetokeniseWork(served, ask)
     texts: Sequence[object] = ask.inputs if isinstance(ask, Embed) else ask.texts
     if len(texts) > PROMPTS_LIMIT:
         raise invalid(
             f"The request holds {len(texts)} texts; send at most {PROMPTS_LIMIT} at a time.",
             code="too_much_work",
         )
+    if isinstance(ask, Tokenise):
+        return TokeniseWork(served, ask)
     served.model.engine(served.precision(ask.precision))
     return EmbedWork(served, ask, now) if isinstance(ask, Embed) else ScoreWork(served, ask, now)
+
+
+def _word(number: int, answer: Callable[[], Body]) -> bytes:
+    """Make an answer and encode it; raises `RequestError`."""
+    body = answer()
+    try:
+        return encode(Answer(id=number, body=body))
+    except FrameError as error:
+        problem = f"The answer is too long: {error} Ask for less at a time."
+        raise invalid(problem, code="too_much_work") from error

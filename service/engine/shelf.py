@@ -9,10 +9,12 @@ the one used least recently first. What does not fit beside models in use is ref
 and what fits at no time is loaded where there is no other.
 
 All calls come from one thread. Loading takes tenths of a second and happens in another, one model
-at a time; its results come back with `poll`.
+at a time, and so does looking at the folder, whose disk may be slow; what they come to is taken
+over in `poll`. A name that the last look has not seen is refused after a fresh one.
 """
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -47,10 +49,6 @@ class Served:
     ) -> None:
         self.card = card
         self.model = model
-        self.retired = False
-        """Whether nobody gets it any more: its folder holds another version or none, or it has been
-        unloaded.
-        """
         self.users = 0
         """How many have pinned it."""
         self.used_at = clock()
@@ -96,6 +94,9 @@ class Served:
 Then = Callable[[Served | RequestError], None]
 """Who is told of a model that was asked for."""
 
+Looked = Callable[[RequestError | None], None]
+"""Who is told that the folder has been looked at, or why it was not."""
+
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class _Load:
@@ -125,6 +126,10 @@ class Shelf:
         self._clock = clock
         self._open_model = _open_model if open_model is None else open_model
         self._background = Background(wake, threads=1)
+        self._scanning = Background(wake, threads=1)
+        # Who waits for a scan that has not begun, since one under way may have passed their folder.
+        self._seeking: list[Looked] = []
+        self._looking: list[Looked] = []
         self._catalogue = Catalogue(settings.models)
         self._loaded: dict[str, Served] = {}
         self._retired: list[Served] = []
@@ -138,20 +143,12 @@ class Shelf:
         """Why folders of these names are not served."""
         return self._catalogue.broken
 
-    @property
-    def is_loading(self) -> bool:
-        """Whether a model is on its way into memory."""
-        return bool(self._loading)
-
     def poll(self) -> None:
         """Hand out what has been loaded, look at the folder when it is time, tidy up."""
         self._background.deliver()
-        now = self._clock()
-        if now >= self._next_scan:
-            self._next_scan = now + SCAN_INTERVAL
-            self._catalogue.scan()
-            self._follow()
-            self._make_room(0)  # engines that were opened meanwhile take memory too
+        self._scanning.deliver()
+        if self._clock() >= self._next_scan:
+            self._scan()
         self._retired = [served for served in self._retired if served.users]
 
     def get(self, name: str, then: Then) -> None:
@@ -163,11 +160,18 @@ class Shelf:
             served.used_at = self._clock()
             then(served)
             return
-        entry = self._catalogue.find(name)
-        if entry is not None and name in self._loading:
-            self._loading[name].waiting.append(then)
-        elif entry is None or not self._load(name, entry, then):
-            then(self._refusal(name))
+        self.seek(name, partial(self._get, name, then))
+
+    def seek(self, name: str, then: Looked) -> None:
+        """Call `then` when it is known whether there is such a model: at once where the last look
+        tells, else after a fresh one.
+        """
+        if not self._catalogue.is_new(name):
+            then(None)
+            return
+        self._seeking.append(then)
+        if not self._scanning.pending:
+            self._scan()
 
     def cards(self) -> list[ModelCard]:
         """All models that can be served, by name."""
@@ -177,8 +181,8 @@ class Shelf:
         ]
 
     def card(self, name: str) -> ModelCard | None:
-        """One of them; None where there is none of that name."""
-        entry = self._catalogue.find(name)
+        """One of them, as of the last look; None where there is none of that name."""
+        entry = self._catalogue.entries.get(name)
         return None if entry is None else describe(name, entry, is_loaded=name in self._loaded)
 
     def in_memory(self) -> tuple[Served, ...]:
@@ -188,9 +192,13 @@ class Shelf:
     def close(self) -> None:
         """Cancel all texts, refuse whoever waits for a model, and let all models go."""
         self._background.close()
+        self._scanning.close()
+        refusal = unavailable("The service is shutting down.", code="shutting_down")
         for load in self._loading.values():
             for then in load.waiting:
-                then(unavailable("The service is shutting down.", code="shutting_down"))
+                then(refusal)
+        for looked in (*self._looking, *self._seeking):
+            looked(refusal)
         for served in self.in_memory():
             for engine in served.model.engines:
                 engine.close()
@@ -211,6 +219,43 @@ class Shelf:
         for name in dict.fromkeys(names):
             self.get(name, partial(remark, name))
 
+    def _get(self, name: str, then: Then, refusal: RequestError | None) -> None:
+        """Give out a model that the last look has seen, if it has."""
+        entry = self._catalogue.entries.get(name)
+        if refusal is not None:
+            then(refusal)
+        elif name in self._loaded:
+            then(self._loaded[name])
+        elif entry is not None and name in self._loading:
+            self._loading[name].waiting.append(then)
+        elif entry is None or not self._load(name, entry, then):
+            then(self._refusal(name))
+
+    def _scan(self) -> None:
+        """Begin to look at the folder, for all who wait by now."""
+        self._next_scan = math.inf
+        self._looking, self._seeking = self._seeking, []
+        self._scanning.run(self._catalogue.scanned(), self._scanned)
+
+    def _scanned(self, result: Catalogue | Exception) -> None:
+        """Take over what the folder holds."""
+        self._next_scan = self._clock() + SCAN_INTERVAL
+        told, self._looking = self._looking, []
+        if isinstance(result, Exception):
+            _log.error("The models' folder could not be looked at.", exc_info=result)
+        elif result.changes != self._catalogue.changes:  # it does not know what was found meanwhile
+            self._seeking = told + self._seeking
+            told = []
+            self._next_scan = self._clock()
+        else:
+            self._catalogue = result
+            self._follow()
+            self._make_room(0)  # engines that were opened meanwhile take memory too
+        for then in told:
+            then(None)
+        if self._seeking:
+            self._next_scan = self._clock()
+
     def _follow(self) -> None:
         """Retire what the folder no longer holds, and load the version that it holds instead."""
         for name, served in list(self._loaded.items()):
@@ -219,7 +264,6 @@ class Shelf:
                 served.card = describe(name, entry, is_loaded=True)
                 continue
             del self._loaded[name]
-            served.retired = True
             if served.users:
                 self._retired.append(served)
             _log.info("The model %r of fingerprint %s is retired.", name, served.fingerprint)
@@ -310,13 +354,15 @@ class Shelf:
         """Unload what nobody uses until so many bytes are free; whether they are, or nothing else
         is in memory. Without a need the last model stays.
         """
+        kept = sum(served.bytes for served in self.in_memory() if served.users) + self._coming
+        if need and kept and kept + need > self._settings.model_memory:
+            return False  # unloading all the others would not do
         while self._bytes + need > self._settings.model_memory:
             idle = [served for served in self._loaded.values() if not served.users]
             if not idle or (need == 0 and len(self.in_memory()) == 1):
                 break
             oldest = min(idle, key=lambda served: served.used_at)
             del self._loaded[oldest.name]
-            oldest.retired = True
             _log.info("The model %r is unloaded.", oldest.name)
         is_alone = not (self._loaded or self._retired or self._loading)
         return is_alone or self._bytes + need <= self._settings.model_memory
@@ -324,9 +370,12 @@ class Shelf:
     @property
     def _bytes(self) -> int:
         """The memory that all models take, those on their way included."""
-        return sum(served.bytes for served in self.in_memory()) + sum(
-            load.bytes for load in self._loading.values()
-        )
+        return sum(served.bytes for served in self.in_memory()) + self._coming
+
+    @property
+    def _coming(self) -> int:
+        """The memory that models on their way will take."""
+        return sum(load.bytes for load in self._loading.values())
 
 
 def _open_model(path: Path, settings: Settings) -> Model:

@@ -12,11 +12,8 @@ from charloom.tokenizer import Tokenizer
 from service.engine.choice import Choice
 from service.engine.judgement import Judgement, judge_prompt
 from service.errors import invalid
+from service.messages import PROMPTS_LIMIT, Submit
 from service.messages import Prompt as Given
-from service.messages import Submit
-
-PROMPTS_LIMIT = 2048
-"""Prompts of one request, as in OpenAI's embeddings: each takes some time before admission."""
 
 PATIENCE = 32
 """Tokens of a prompt that is read so soon that its other choices need not wait for that."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from service.engine.connection import Connection
-from service.engine.inquiry import EmbedWork, ScoreWork
+from service.engine.inquiry import Work
 from service.engine.job import TOLD_AT_ONCE, Job
 from service.engine.shelf import Served
 from service.frames import FrameError
@@ -20,7 +20,9 @@ class Ticket:
     served: Served | None = None
     """The model, pinned."""
     job: Job | None = None
-    work: ScoreWork | EmbedWork | None = None
+    work: Work | None = None
+    numbers: int = 0
+    """How many numbers its answer may hold, which take memory until they are sent."""
     is_cancelled: bool = False
 
     def pin(self, served: Served) -> None:
@@ -69,15 +71,32 @@ class Worker:
         first = self._turn % len(jobs)
         jobs = jobs[first:] + jobs[:first]
         while self.connection.has_room:
-            parts: list[Delta] = []
+            parts: dict[Job, list[Delta]] = {}
             weight = 0
             for job in jobs:
-                told, heavy = job.tell(now, pace)
-                parts += told
+                try:
+                    told, heavy = job.tell(now, pace)
+                except Exception as error:  # a defect in one job's way is that job's failure
+                    job.fail(error)
+                    continue
+                if told:
+                    parts[job] = told
                 weight += heavy
                 if weight > TOLD_AT_ONCE:
                     break
             if not parts:
                 return
-            self.connection.send(Deltas(parts=parts))
+            self._pass_on(parts)
             jobs = [job for job in jobs if job.has_news]
+
+    def _pass_on(self, parts: dict[Job, list[Delta]]) -> None:
+        """Send deltas in one message; where that cannot be, each job's by themselves."""
+        try:
+            self.connection.send(Deltas(parts=[delta for told in parts.values() for delta in told]))
+        except FrameError as error:
+            if len(parts) > 1:
+                for job, told in parts.items():
+                    self._pass_on({job: told})
+            else:
+                for job in parts:
+                    job.fail(error)

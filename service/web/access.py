@@ -40,6 +40,9 @@ PUBLIC = frozenset(
 )
 """Endpoints that need no key."""
 
+PROBES = frozenset({"operations.healthz", "operations.readyz"})
+"""Endpoints that answer by any name: what asks them knows an address, and learns nothing more."""
+
 METRICS = "operations.metrics"
 """The endpoint that needs none where `public_metrics` is set."""
 
@@ -50,7 +53,7 @@ LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 """How a service on a loopback address is called by those who may ask it without a key.
 
 A page in a browser on this machine could give its own name this address (DNS rebinding) and ask as
-if the service were its own; but it then says that name.
+if the service were its own; but it then says that name. Where there are keys, it has none.
 """
 
 _LOOK = 1.0
@@ -102,12 +105,18 @@ class Access:
         self._keys = self._read()
         self.is_open = settings.is_open
         self._hosts = frozenset(host.lower() for host in settings.hosts)
-        if not self._hosts and settings.is_open and settings.is_local:
+        if self._hosts and not settings.is_open:
+            self._hosts |= LOCAL_NAMES
+        elif not self._hosts and settings.is_open and settings.is_local:
             self._hosts = LOCAL_NAMES | {settings.host}
 
     def admit(self) -> None:
         """Let the current request in; raises `RequestError` where it may not ask."""
-        if self._hosts and _name_of(request.host) not in self._hosts:
+        if (
+            self._hosts
+            and request.endpoint not in PROBES
+            and _name_of(request.host) not in self._hosts
+        ):
             raise invalid(
                 f"The header Host is {request.host[:100]!r}, by which this service does not go; "
                 f"ask it by another name, or list this one in {variable('hosts')}.",

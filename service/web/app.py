@@ -28,7 +28,7 @@ from service.errors import ErrorType, Problem, RequestError, failed, unavailable
 from service.launch import ensure_engine, socket_path
 from service.link import Link
 from service.settings import Settings
-from service.web import body, completions, drain, inspection, operations, specification
+from service.web import body, completions, drain, inspection, load, operations, specification
 from service.web.access import Access
 from service.web.context import NAME, Service, exchange
 from service.web.journal import Journal
@@ -100,10 +100,16 @@ def create_app(settings: Settings | None = None, link: Link | None = None) -> Op
 
 
 def _turn_away() -> None:
-    """Begin nothing in a worker that is about to stop."""
-    if request.method == "POST" and drain.current().is_on:
+    """Begin nothing in a worker that is about to stop, or has its last threads left."""
+    if request.method != "POST":
+        return
+    if drain.current().is_on:
         raise unavailable(
             "This worker is stopping; ask again, and another one answers.", code="draining"
+        )
+    if load.current().is_beyond:
+        raise unavailable(
+            "As many requests are under way as may be; ask again in a moment.", code="queue_full"
         )
 
 

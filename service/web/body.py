@@ -14,9 +14,10 @@ microseconds, and its model as many.
 import functools
 import json
 import math
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
@@ -36,8 +37,13 @@ from service.web.client import Client
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-OBJECT_LIMIT = 1 << 16
+OBJECT_LIMIT = 2048
 """Fields of the largest object: each may become a problem that pydantic keeps a record of."""
+
+NODE_LIMIT = 8192
+"""Lists and objects of a body: each costs a microsecond to make, and another to check, in which no
+other request of this worker moves on.
+"""
 
 EXACT = 2.0**53
 """Floats hold every whole number below it exactly."""
@@ -90,6 +96,10 @@ def parse(data: bytes, *, depth: int) -> Any:
         ) from error
     if not text.strip():
         raise invalid("The body is empty; send a JSON object.")
+    if _count_nodes(text) > NODE_LIMIT:
+        raise invalid(
+            f"The body holds more than {NODE_LIMIT} lists and objects; send less at once."
+        )
     try:
         value = _decoder.decode(text)
     except RecursionError as error:
@@ -104,13 +114,13 @@ def parse(data: bytes, *, depth: int) -> Any:
     # The brackets inside strings count too, so that this is a bound on the nesting.
     if text.count("[") + text.count("{") > depth and _is_deeper(value, depth):
         raise _too_deep(depth)
-    if "\\u" in text:
-        for path in _half_pairs(value, ""):
-            raise invalid(
-                f"{path or 'The body'} holds half of a surrogate pair, which is no character; "
-                "send whole characters.",
-                path or None,
-            )
+    if "\\u" in text and (place := _half_pair(value)) is not None:
+        path = ".".join(place)
+        raise invalid(
+            f"{path or 'The body'} holds half of a surrogate pair, which is no character; send "
+            "whole characters.",
+            path or None,
+        )
     return value
 
 
@@ -195,6 +205,19 @@ def _too_large(limit: int) -> RequestError:
 # JSON
 
 
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+"""A string of a JSON text; one that does not end reaches to the end of the text."""
+
+
+def _count_nodes(text: str) -> int:
+    """How many lists and objects begin in a JSON text, at least where they are too many."""
+    count = text.count("[") + text.count("{")
+    if count > NODE_LIMIT:  # brackets of strings too, as in the source of a program
+        bare = _STRING.sub("", text)
+        count = bare.count("[") + bare.count("{")
+    return count
+
+
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of the text, in which no key stands twice."""
     if len(pairs) > OBJECT_LIMIT:
@@ -255,19 +278,25 @@ def _is_deeper(value: object, depth: int) -> bool:
     return bool(level)
 
 
-def _half_pairs(value: object, path: str) -> Iterator[str]:
-    """The paths of strings that cannot be written in UTF-8; those of keys end before the key."""
+def _half_pair(value: object) -> Place | None:
+    """Where the first string is that cannot be written in UTF-8; for a key, where its object is.
+
+    The path is put together on the way back: most of a body leads to nothing.
+    """
     if isinstance(value, str):
-        if not _is_encodable(value):
-            yield path
-    elif isinstance(value, dict):
-        for name, child in value.items():
-            if not _is_encodable(name):
-                yield path
-            yield from _half_pairs(child, f"{path}.{name}" if path else name)
+        return None if _is_encodable(value) else ()
+    steps: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        if not all(map(_is_encodable, value)):
+            return ()
+        steps = value.items()
     elif isinstance(value, list):
-        for index, child in enumerate(value):
-            yield from _half_pairs(child, f"{path}.{index}" if path else str(index))
+        steps = enumerate(value)
+    for step, child in steps:
+        place = _half_pair(child)
+        if place is not None:
+            return (str(step), *place)
+    return None
 
 
 def _is_encodable(text: str) -> bool:

@@ -13,14 +13,14 @@ from flask import Response
 from flask_openapi import APIBlueprint
 from pydantic import BaseModel
 
+from service.call import LOOK
 from service.errors import RequestError, renamed, unknown_model
 from service.messages import Delta, Describe, Ended, Judged, Submit
-from service.web import drain, stream
+from service.web import stream
 from service.web.access import owner
 from service.web.body import dump, with_body
-from service.web.client import Client
 from service.web.context import current, exchange
-from service.web.waiting import LOOK, Waiting
+from service.web.waiting import Waiting, Watch
 from service.web.wire.chat import ChatCompletion, ChatEvent, ChatReply, ChatRequest
 from service.web.wire.completions import (
     Completion,
@@ -79,7 +79,7 @@ def chat(body: ChatRequest) -> Response:
     service = current()
     template = None
     if service.settings.chat_template is None:
-        cards = service.link.ask(Describe(model=body.model)).cards
+        cards = service.link.ask(Describe(model=body.model), look=Watch.current()).cards
         if not cards:
             raise unknown_model(body.model)
         template = cards[0].chat_template
@@ -89,12 +89,10 @@ def chat(body: ChatRequest) -> Response:
 
 def _answer(body: WritingRequest, order: Submit, form: type[Reply]) -> Response:
     """Have the texts written, and answer them in a form, whole or as they come."""
-    service, this = current(), exchange()
-    this.model = order.model
-    first = order.prompts[0]
-    this.prompt = first if isinstance(first, str) else str(first[:100])
+    service, this, watch = current(), exchange(), Watch.current()
+    this.ask(order.model, order.prompts[0])
     try:
-        job = service.link.submit(order)
+        job = service.link.submit(order, look=watch)
     except RequestError as error:
         raise RequestError(renamed(error.problem, body.names)) from error
     this.prompt_tokens = job.accepted.prompt_tokens
@@ -103,7 +101,7 @@ def _answer(body: WritingRequest, order: Submit, form: type[Reply]) -> Response:
         wants_logprobs=order.params.logprobs is not None,
         wants_usage=body.wants_usage,
     )
-    waiting = Waiting(job, Client.current(), drain.current())
+    waiting = Waiting(job, watch, timeout=order.timeout)
     if body.is_streamed:
         return stream.respond(waiting, reply, this, heartbeat=service.settings.heartbeat)
     try:

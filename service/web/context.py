@@ -6,11 +6,15 @@ from typing import cast
 from flask import current_app, g
 
 from service.link import Link
+from service.messages import Prompt
 from service.settings import Settings
 from service.web.access import Access
 
 NAME = "charloom"
 """The service's key in `app.extensions`."""
+
+NOTED = 100
+"""Tokens of a prompt that the journal keeps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +45,11 @@ class Exchange:
     """What became of the request where its status does not say, such as "cancelled"."""
     prompt: str | None = None
     """Written down only where the settings ask for it."""
+
+    def ask(self, model: str, prompt: Prompt) -> None:
+        """Note what is asked: of a list of tokens, the first ones."""
+        self.model = model
+        self.prompt = prompt if isinstance(prompt, str) else str(prompt[:NOTED])
 
 
 def current() -> Service:

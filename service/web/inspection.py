@@ -10,9 +10,6 @@ The last three stand at the root, where evaluation harnesses look for them. Each
 request into a question to the engine process, and what comes back into its answer.
 """
 
-import base64
-import struct
-
 from flask import Response
 from flask_openapi import APIBlueprint
 from pydantic import BaseModel
@@ -22,40 +19,32 @@ from service.messages import (
     Describe,
     Detokenise,
     Embed,
-    Embeddings,
     ModelCard,
-    ScoreCard,
-    Scores,
     ScoreTexts,
     Tokenise,
 )
-from service.messages import Prompt as Input
 from service.web.access import owner
 from service.web.body import dump, with_body
 from service.web.context import current, exchange
+from service.web.waiting import MARGIN, Watch
 from service.web.wire.inputs import listed
 from service.web.wire.inspection import (
-    Alternative,
-    DetokenizeAnswer,
-    DetokenizeRequest,
     EmbeddingList,
-    EmbeddingObject,
     EmbeddingsRequest,
     ModelList,
     ModelObject,
     ModelPath,
     ModelQuery,
     ScoreList,
-    ScoreObject,
     ScoreRequest,
+)
+from service.web.wire.tokens import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
     TokenizeAnswer,
     TokenizeRequest,
     TokenizerInfo,
-    Usage,
 )
-
-MARGIN = 5.0
-"""Seconds beyond a request's deadline in which the engine tells that it has passed."""
 
 blueprint = APIBlueprint(
     "inspection",
@@ -67,13 +56,13 @@ blueprint = APIBlueprint(
 @blueprint.get("/v1/models", summary="List the models", responses={200: ModelList})
 def list_models() -> Response:
     """All models that can be asked for, by name; whether loaded or not."""
-    return _answer(ModelList(data=[_model(card) for card in _cards()]))
+    return _answer(ModelList(data=[ModelObject.of(card) for card in _cards()]))
 
 
 @blueprint.get("/v1/models/<path:model>", summary="Describe a model", responses={200: ModelObject})
 def retrieve_model(path: ModelPath) -> Response:
     """One model, without loading it."""
-    return _answer(_model(_card(path.model)))
+    return _answer(ModelObject.of(_card(path.model)))
 
 
 @blueprint.post("/v1/score", summary="Score texts", responses={200: ScoreList})
@@ -89,7 +78,7 @@ def score(body: ScoreRequest) -> Response:
             "top",
         )
     texts = [body.text] if isinstance(body.text, str) else body.text
-    _note(body.model, texts[0])
+    exchange().ask(body.model, texts[0])
     scores = current().link.ask(
         ScoreTexts(
             model=body.model,
@@ -101,15 +90,9 @@ def score(body: ScoreRequest) -> Response:
             timeout=settings.timeout,
         ),
         timeout=settings.timeout + MARGIN,
+        look=Watch.current(),
     )
-    return _answer(
-        ScoreList(
-            model=scores.model,
-            system_fingerprint=_fingerprint(scores),
-            data=[_score(index, card, top) for index, card in enumerate(scores.cards)],
-            usage=_usage(sum(len(card.judged.ids) for card in scores.cards)),
-        )
-    )
+    return _answer_read(ScoreList.of(scores, top))
 
 
 @blueprint.post("/v1/embeddings", summary="Embed inputs", responses={200: EmbeddingList})
@@ -118,7 +101,7 @@ def embed(body: EmbeddingsRequest) -> Response:
     """The hidden state of the last layer after each input, as a vector of float32."""
     settings = current().settings
     inputs = listed(body.input)
-    _note(body.model, inputs[0])
+    exchange().ask(body.model, inputs[0])
     if body.dimensions is not None:
         _check_dimensions(body.dimensions, _card(body.model))
     embeddings = current().link.ask(
@@ -131,19 +114,10 @@ def embed(body: EmbeddingsRequest) -> Response:
             timeout=settings.timeout,
         ),
         timeout=settings.timeout + MARGIN,
+        look=Watch.current(),
     )
-    write = _base64 if body.encoding_format == "base64" else _floats
-    return _answer(
-        EmbeddingList(
-            model=embeddings.model,
-            system_fingerprint=_fingerprint(embeddings),
-            data=[
-                EmbeddingObject(index=index, embedding=write(vector))
-                for index, vector in enumerate(embeddings.vectors)
-            ],
-            usage=_usage(embeddings.tokens),
-        )
-    )
+    is_packed = body.encoding_format == "base64"
+    return _answer_read(EmbeddingList.of(embeddings, is_packed=is_packed))
 
 
 @blueprint.post("/tokenize", summary="Text to tokens", responses={200: TokenizeAnswer})
@@ -156,14 +130,15 @@ def tokenize(body: TokenizeRequest) -> Response:
     if body.prompt is not None and body.text is not None:
         raise invalid("prompt and text are both given; they mean the same, so give one.", "text")
     model = _card(body.model).name if body.model is None else body.model
-    _note(model, text)
+    exchange().ask(model, text)
     ask = Tokenise(
         model=model,
         texts=[text],
         unknown="error" if body.unknown is None else body.unknown,
+        owner=owner(),
     )
     try:
-        tokens = current().link.ask(ask)
+        tokens = current().link.ask(ask, look=Watch.current())
     except RequestError as error:
         names = {} if body.text is None else {"prompt": "text"}
         raise RequestError(renamed(error.problem, names)) from error
@@ -176,8 +151,9 @@ def tokenize(body: TokenizeRequest) -> Response:
 def detokenize(body: DetokenizeRequest) -> Response:
     """The text that tokens stand for."""
     model = _card(body.model).name if body.model is None else body.model
-    _note(model, body.tokens)
-    text = current().link.ask(Detokenise(model=model, tokens=body.tokens))
+    exchange().ask(model, body.tokens)
+    ask = Detokenise(model=model, tokens=body.tokens, owner=owner())
+    text = current().link.ask(ask, look=Watch.current())
     return _answer(DetokenizeAnswer(prompt=text.text))
 
 
@@ -186,16 +162,7 @@ def tokenizer_info(query: ModelQuery) -> Response:
     """What a client has to know that works with tokens itself."""
     card = _card(query.model)
     template = current().settings.chat_template
-    return _answer(
-        TokenizerInfo(
-            tokenizer_class=card.tokenizer,
-            vocabulary_size=card.vocabulary,
-            eos_token=None,
-            bos_token=None,
-            pad_token=None,
-            chat_template=card.chat_template if template is None else template,
-        )
-    )
+    return _answer(TokenizerInfo.of(card, template))
 
 
 # Questions
@@ -203,7 +170,7 @@ def tokenizer_info(query: ModelQuery) -> Response:
 
 def _cards(model: str | None = None) -> list[ModelCard]:
     """What is known of one model, or of all that are served."""
-    return current().link.ask(Describe(model=model)).cards
+    return current().link.ask(Describe(model=model), look=Watch.current()).cards
 
 
 def _card(model: str | None) -> ModelCard:
@@ -233,13 +200,6 @@ def _check_dimensions(dimensions: int, card: ModelCard) -> None:
         )
 
 
-def _note(model: str, prompt: Input) -> None:
-    """Tell the journal what is asked."""
-    this = exchange()
-    this.model = model
-    this.prompt = prompt if isinstance(prompt, str) else str(prompt[:100])
-
-
 # Answers
 
 
@@ -247,57 +207,7 @@ def _answer(value: BaseModel) -> Response:
     return Response(dump(value), content_type="application/json")
 
 
-def _model(card: ModelCard) -> ModelObject:
-    return ModelObject(
-        id=card.name,
-        created=card.created,
-        parameters=card.parameters,
-        vocabulary=card.vocabulary,
-        bits_per_character=card.bits_per_character,
-        fingerprint=card.fingerprint,
-        architecture=card.architecture,
-        tokenizer=card.tokenizer,
-        documents=card.documents,
-        is_loaded=card.is_loaded,
-    )
-
-
-def _score(index: int, card: ScoreCard, top: int) -> ScoreObject:
-    judged = card.judged
-    return ScoreObject(
-        index=index,
-        tokens=judged.tokens,
-        token_ids=judged.ids,
-        logprobs=judged.logprobs,
-        ranks=card.ranks,
-        entropies=card.entropies,
-        top_logprobs=None
-        if top == 0
-        else [
-            None
-            if row is None
-            else [Alternative(token=token, logprob=logprob) for token, logprob in row]
-            for row in judged.top
-        ],
-        bits_per_character=card.bits_per_character,
-        bits_per_byte=card.bits_per_byte,
-        characters=card.characters,
-        unknown=card.unknown,
-    )
-
-
-def _usage(tokens: int) -> Usage:
-    exchange().prompt_tokens = tokens
-    return Usage(prompt_tokens=tokens, total_tokens=tokens)
-
-
-def _fingerprint(answer: Scores | Embeddings) -> str:
-    return f"fp_{answer.fingerprint[:16]}_{answer.precision}"
-
-
-def _floats(vector: bytes) -> list[float]:
-    return list(struct.unpack(f"<{len(vector) // 4}f", vector))
-
-
-def _base64(vector: bytes) -> str:
-    return base64.b64encode(vector).decode("ascii")
+def _answer_read(value: ScoreList | EmbeddingList) -> Response:
+    """The same, with what it cost in the journal."""
+    exchange().prompt_tokens = value.usage.prompt_tokens
+    return _answer(value)

@@ -165,7 +165,10 @@ class _Arbiter(Arbiter):  # type: ignore[misc] # gunicorn carries no types
 
 def _remark(arbiter: Any, settings: Settings) -> None:
     """Say what is doubtful, before the first request."""
-    for sentence in remarks(settings):
+    # The command line may say another address than the settings; a handed-over socket has theirs.
+    named = [address for address in arbiter.cfg.address if not isinstance(address, int)]
+    hosts = [address[0] or "0.0.0.0" for address in named if isinstance(address, tuple)]
+    for sentence in remarks(settings, addresses=hosts if named else None):
         arbiter.log.warning("%s", sentence)
     if not issubclass(arbiter.worker_class, Worker):
         arbiter.log.warning(

@@ -28,18 +28,20 @@ from service.web.wire.chat import ChatCompletion, ChatEvent, ChatRequest
 from service.web.wire.completions import Completion, CompletionEvent, CompletionRequest
 from service.web.wire.errors import ErrorBody, envelope
 from service.web.wire.inspection import (
-    DetokenizeAnswer,
-    DetokenizeRequest,
     EmbeddingList,
     EmbeddingsRequest,
     ModelList,
     ScoreList,
     ScoreRequest,
+)
+from service.web.wire.operations import Health
+from service.web.wire.tokens import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
     TokenizeAnswer,
     TokenizeRequest,
     TokenizerInfo,
 )
-from service.web.wire.operations import Health
 
 DESCRIPTION = """\
 Writes texts with small recurrent character-level language models, scores them and looks inside.

@@ -8,6 +8,7 @@ What differs from `gthread`, and why:
   `send_timeout` is cut off (see `arrival`)
 - closing never waits in the event loop: gunicorn's own graceful close waits up to two seconds for
   the client, and accepts nobody meanwhile
+- the last threads are kept for requests that are answered at once (see `load`)
 - what never reaches the application is refused with the service's own error body
 - told to stop, it closes its door at once, tells the application (see `drain`), and leaves when the
   last answer has been given; Ctrl-C, which reaches all processes of a terminal, is the arbiter's
@@ -25,6 +26,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from http import HTTPStatus
 from typing import Any, ClassVar
@@ -38,7 +40,7 @@ from charloom.errors import OptionError
 from service.errors import Problem, failed
 from service.link import Link
 from service.settings import Settings
-from service.web import context, drain
+from service.web import context, drain, load
 from service.web.arrival import HEAD_LIMIT, ClientSocket, Connection, Head
 from service.web.body import dump
 from service.web.wire.errors import envelope
@@ -51,6 +53,10 @@ STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGQUIT})
 
 SPARE_FILES = 64
 """File descriptors that are left to everything but clients."""
+
+
+SPARE_THREADS = 16
+"""Most threads that no POST is served by."""
 
 
 def _problem(status: int, code: str, message: str) -> Problem:
@@ -129,6 +135,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.drain = drain.Drain()
+        self._load = load.Load(self.cfg.threads - min(SPARE_THREADS, self.cfg.threads // 2))
         self._link: Link | None = None
         self._lingering: deque[Connection] = deque()
 
@@ -166,6 +173,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
 
         def informed(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             environ[drain.KEY] = self.drain
+            environ[load.KEY] = self._load
             return application(environ, start_response)
 
         self.wsgi = informed
@@ -325,6 +333,11 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
         conn.close()
 
     # The threads
+
+    def handle_request(self, req: Any, conn: Connection) -> bool:
+        """Answer a request, which counts until its last byte has gone if it may last."""
+        with self._load.one() if req.method == "POST" else nullcontext():
+            return bool(super().handle_request(req, conn))
 
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
         """Pass over what is left of a body, if it comes in time."""

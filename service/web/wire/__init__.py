@@ -49,3 +49,8 @@ Off = Annotated[
     bool, AfterValidator(_refuse_true), WithJsonSchema({"type": "boolean", "const": False})
 ]
 """A published switch that cannot be turned on."""
+
+
+def fingerprint_of(fingerprint: str, precision: str) -> str:
+    """A model's fingerprint and the arithmetic, as OpenAI's `system_fingerprint`."""
+    return f"fp_{fingerprint[:16]}_{precision}"

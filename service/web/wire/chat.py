@@ -1,19 +1,30 @@
 """The bodies of `POST /v1/chat/completions`, for clients that know nothing else.
 
 A character model knows no turns: a template joins the messages into one prompt, which the model
-continues. What a chat model does beyond writing is refused by name.
+continues. What a chat model does beyond writing is refused by name, and clients may say that they
+do not want it.
 """
 
 from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, Field, Json
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    Json,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import no_info_before_validator_function
 
-from service.errors import failed, invalid
-from service.messages import Accepted, Delta, Ended, Judged, Submit
+from service.errors import invalid
+from service.messages import UNLIKELY, Accepted, Delta, Ended, Judged, Submit
 from service.settings import Settings
-from service.web.wire import Answer, Request, example, unsupported
+from service.web.wire import Answer, Off, Request, example, unsupported
 from service.web.wire.errors import ErrorBody
 from service.web.wire.writing import CompletionUsage, Reply, Whole, WritingRequest, Written
 
@@ -23,12 +34,20 @@ LINES = "{content}\n"
 MESSAGE_LIMIT = 2048
 """Most messages of one request."""
 
-UNLIKELY = -9999.0
-"""OpenAI's number for a token without a score, since null has no place there."""
-
 _TOOLS = "the model calls no tools."
 _TEXT = "the model reads and writes plain text."
-_REASONING = "the model writes without reasoning first."
+_CACHE = "prompts are remembered in memory, for as long as there is room."
+_TAKEN = "Taken for the sake of clients; nothing is done with it."
+
+
+def neutral(*values: object) -> GetPydanticSchema:
+    """Values of a published field that ask for nothing, and so come to null; no other is taken."""
+    return GetPydanticSchema(
+        lambda source, handler: no_info_before_validator_function(
+            lambda value: None if value in values else value, handler(source)
+        ),
+        lambda _schema, _handler: {"enum": [*values, None]},
+    )
 
 
 class TextPart(Request):
@@ -36,26 +55,50 @@ class TextPart(Request):
 
     type: Literal["text"] = Field(description="No other kind is read.")
     text: str
+    prompt_cache_breakpoint: None = unsupported(_CACHE)
 
 
 class Message(Request):
     """What somebody said."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"role": {"const": "assistant"}}},
+                {"properties": {"content": {"not": {"type": "null"}}}},
+            ]
+        }
+    )
+
     role: Literal["developer", "system", "user", "assistant"] = Field(
         description="Who; a template may name it."
     )
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
-        description="A text, or parts that are joined as they are."
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        description="A text, or parts that are joined as they are; null is an empty text of the "
+        "assistant's."
     )
-    name: None = unsupported("templates know roles only.")
+    name: str | None = Field(default=None, description=_TAKEN)
     refusal: None = unsupported("the model refuses nothing.")
-    tool_calls: None = unsupported(_TOOLS)
+    annotations: Annotated[None, neutral([])] = unsupported("the model cites nothing.")
+    tool_calls: Annotated[None, neutral([])] = unsupported(_TOOLS)
     function_call: None = unsupported(_TOOLS)
     audio: None = unsupported(_TEXT)
+
+    @field_validator("content")
+    @classmethod
+    def _leave_null_to_the_assistant(
+        cls, content: str | list[TextPart] | None, info: ValidationInfo
+    ) -> str | list[TextPart] | None:
+        """Refuse null of others; an assistant that called a tool has said nothing."""
+        if content is None and info.data.get("role") != "assistant":
+            raise PydanticCustomError("content", "give a text or a list")
+        return content
 
     @property
     def text(self) -> str:
         """The content as one text."""
+        if self.content is None:
+            return ""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
@@ -92,25 +135,28 @@ class ChatRequest(WritingRequest):
     response_format: ResponseFormat | None = Field(
         default=None, description="The form of the answer: text."
     )
-    prompt_cache_key: str | None = Field(
-        default=None, description="Taken for the sake of clients; nothing is done with it."
-    )
-    safety_identifier: str | None = Field(
-        default=None, description="Taken for the sake of clients; nothing is done with it."
-    )
+    prompt_cache_key: str | None = Field(default=None, description=_TAKEN)
+    safety_identifier: str | None = Field(default=None, description=_TAKEN)
+    parallel_tool_calls: bool | None = Field(default=None, description=_TAKEN)
     audio: None = unsupported(_TEXT)
-    function_call: None = unsupported(_TOOLS)
-    functions: None = unsupported(_TOOLS)
-    metadata: None = unsupported("nothing is stored.")
-    modalities: None = unsupported(_TEXT)
-    parallel_tool_calls: None = unsupported(_TOOLS)
+    function_call: Annotated[None, neutral("none", "auto")] = unsupported(_TOOLS)
+    functions: Annotated[None, neutral([])] = unsupported(_TOOLS)
+    metadata: Annotated[None, neutral({})] = unsupported("nothing is stored.")
+    modalities: Annotated[None, neutral(["text"])] = unsupported(_TEXT)
+    moderation: None = unsupported("texts are not moderated.")
     prediction: None = unsupported("a text is written from its beginning.")
-    reasoning_effort: None = unsupported(_REASONING)
-    service_tier: None = unsupported("all requests are served alike.")
-    store: None = unsupported("nothing is stored.")
-    tool_choice: None = unsupported(_TOOLS)
-    tools: None = unsupported(_TOOLS)
-    verbosity: None = unsupported(_REASONING)
+    prompt_cache_options: Annotated[None, neutral({}, {"mode": "implicit"})] = unsupported(_CACHE)
+    prompt_cache_retention: Annotated[None, neutral("in_memory")] = unsupported(_CACHE)
+    reasoning_effort: Annotated[None, neutral("none")] = unsupported(
+        "the model writes without reasoning first."
+    )
+    service_tier: Annotated[None, neutral("auto", "default")] = unsupported(
+        "all requests are served alike."
+    )
+    store: Off | None = unsupported("nothing is stored.")
+    tool_choice: Annotated[None, neutral("none", "auto")] = unsupported(_TOOLS)
+    tools: Annotated[None, neutral([])] = unsupported(_TOOLS)
+    verbosity: Annotated[None, neutral("medium")] = unsupported("the model follows no instruction.")
     web_search_options: None = unsupported(_TOOLS)
 
     @property
@@ -124,7 +170,7 @@ class ChatRequest(WritingRequest):
     def to_submit(self, settings: Settings, owner: str, template: str | None) -> Submit:
         """The texts to write, as the engine is told; `template` is the model's own.
 
-        Raises `RequestError`, also for a template that cannot be used.
+        Raises `RequestError`.
         """
         options, problems = {}, []
         if self.max_completion_tokens is not None:
@@ -164,16 +210,10 @@ class ChatRequest(WritingRequest):
 def join(messages: Sequence[Message], template: str, limit: int) -> str:
     """The prompt that a template makes of messages, of at most `limit` characters.
 
-    The template is a model's, hence possibly a stranger's, and so it is no more than text around
-    {role} and {content}: `str.format` would also look into the values, and fill up with blanks.
+    The template is text around {role} and {content}, as `check_template` found where it came from.
+    It may be a stranger's, and repeat them: so the prompt is measured before it is made.
     """
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise _unusable(template) from error
-    for _, field, form, conversion in parts:
-        if field is not None and (field not in ("role", "content") or form or conversion):
-            raise _unusable(template)
+    parts = list(Formatter().parse(template))
     values = [{"role": message.role, "content": message.text} for message in messages]
     length = sum(
         len(literal) + (0 if field is None else len(value[field]))
@@ -188,14 +228,6 @@ def join(messages: Sequence[Message], template: str, limit: int) -> str:
         literal if field is None else literal + value[field]
         for value in values
         for literal, field, _, _ in parts
-    )
-
-
-def _unusable(template: str) -> Exception:
-    return failed(
-        f"The chat template of this model is {template[:100]!r}; it may hold text, {{role}} and "
-        "{content} alone.",
-        code="bad_chat_template",
     )
 
 

@@ -8,10 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Discriminator, Field, Tag
 
-from service.messages import Prompt
-
-INPUT_LIMIT = 2048
-"""Most texts of one request; OpenAI's own limit."""
+from service.messages import PROMPTS_LIMIT, Prompt
 
 TOKEN_LIMIT = 1 << 31
 """Numbers of tokens lie below it: what the engine's tables are indexed by."""
@@ -20,7 +17,7 @@ Token = Annotated[int, Field(ge=0, lt=TOKEN_LIMIT)]
 
 _Text = TypeVar("_Text", bound=str)
 _Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
-_Several = Field(fail_fast=True, min_length=1, max_length=INPUT_LIMIT)
+_Several = Field(fail_fast=True, min_length=1, max_length=PROMPTS_LIMIT)
 
 
 def _shape(value: Any) -> str | None:
@@ -42,7 +39,7 @@ Texts = Annotated[
     Discriminator(
         _shape,
         custom_error_type="texts",
-        custom_error_message=f"give a text, or a list of 1 to {INPUT_LIMIT} texts",
+        custom_error_message=f"give a text, or a list of 1 to {PROMPTS_LIMIT} texts",
     ),
 ]
 
@@ -54,7 +51,7 @@ _TextsOrTokens = Annotated[
     Discriminator(
         _shape,
         custom_error_type="texts_or_tokens",
-        custom_error_message=f"give a text, a list of tokens, or a list of 1 to {INPUT_LIMIT} of "
+        custom_error_message=f"give a text, a list of tokens, or a list of 1 to {PROMPTS_LIMIT} of "
         "either",
     ),
 ]

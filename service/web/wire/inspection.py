@@ -1,16 +1,19 @@
-"""The bodies of the routes that look at models and texts: OpenAI's shapes where it has one.
+"""The bodies of the routes that list models and read texts: OpenAI's shapes where it has one.
 
 Names beyond OpenAI's are its own terms or those of other open servers. In a request, null means
 that a field is not given; an unknown field is refused.
 """
 
-from typing import Annotated, Any, Literal
+import base64
+import struct
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from charloom.params import Precision, UnknownPolicy
-from service.web.wire import MODEL_LIMIT, Answer, Off, Request, example
-from service.web.wire.inputs import Inputs, Texts, Token
+from service.messages import Embeddings, ModelCard, ScoreCard, Scores
+from service.web.wire import MODEL_LIMIT, Answer, Request, example, fingerprint_of
+from service.web.wire.inputs import Inputs, Texts
 
 Name = Annotated[str, Field(max_length=MODEL_LIMIT, description="Name of the model.")]
 
@@ -20,6 +23,11 @@ class Usage(Answer):
 
     prompt_tokens: int = Field(description="Tokens that were read.")
     total_tokens: int = Field(description="The same.")
+
+    @classmethod
+    def of(cls, tokens: int) -> Self:
+        """So many tokens were read."""
+        return cls(prompt_tokens=tokens, total_tokens=tokens)
 
 
 # Models
@@ -79,6 +87,22 @@ class ModelObject(Answer):
     tokenizer: str = Field(description="What its tokens are.")
     documents: str = Field(description="What its training text was divided into.")
     is_loaded: bool = Field(description="Whether it is in memory; others are loaded when asked.")
+
+    @classmethod
+    def of(cls, card: ModelCard) -> Self:
+        """What is known of a model."""
+        return cls(
+            id=card.name,
+            created=card.created,
+            parameters=card.parameters,
+            vocabulary=card.vocabulary,
+            bits_per_character=card.bits_per_character,
+            fingerprint=card.fingerprint,
+            architecture=card.architecture,
+            tokenizer=card.tokenizer,
+            documents=card.documents,
+            is_loaded=card.is_loaded,
+        )
 
 
 class ModelList(Answer):
@@ -142,6 +166,31 @@ class ScoreObject(Answer):
     characters: int = Field(description="How many have a score.")
     unknown: int = Field(description="How many of them the model has no token for.")
 
+    @classmethod
+    def of(cls, index: int, card: ScoreCard, top: int) -> Self:
+        """The score of a text, and `top` alternatives at each place."""
+        judged = card.judged
+        return cls(
+            index=index,
+            tokens=judged.tokens,
+            token_ids=judged.ids,
+            logprobs=judged.logprobs,
+            ranks=card.ranks,
+            entropies=card.entropies,
+            top_logprobs=None
+            if top == 0
+            else [
+                None
+                if row is None
+                else [Alternative(token=token, logprob=logprob) for token, logprob in row]
+                for row in judged.top
+            ],
+            bits_per_character=card.bits_per_character,
+            bits_per_byte=card.bits_per_byte,
+            characters=card.characters,
+            unknown=card.unknown,
+        )
+
 
 class ScoreList(Answer):
     """A score for each text, in their order."""
@@ -180,6 +229,16 @@ class ScoreList(Answer):
     data: list[ScoreObject]
     usage: Usage
 
+    @classmethod
+    def of(cls, scores: Scores, top: int) -> Self:
+        """What the engine has found."""
+        return cls(
+            model=scores.model,
+            system_fingerprint=fingerprint_of(scores.fingerprint, scores.precision),
+            data=[ScoreObject.of(index, card, top) for index, card in enumerate(scores.cards)],
+            usage=Usage.of(sum(len(card.judged.ids) for card in scores.cards)),
+        )
+
 
 # Embeddings
 
@@ -213,6 +272,13 @@ class EmbeddingObject(Answer):
     index: int = Field(description="Which of the inputs this is, from 0.")
     embedding: list[float] | str
 
+    @classmethod
+    def of(cls, index: int, vector: bytes, *, is_packed: bool) -> Self:
+        """A vector of float32, little-endian: its bytes in base64 where it is to be packed."""
+        if is_packed:
+            return cls(index=index, embedding=base64.b64encode(vector).decode("ascii"))
+        return cls(index=index, embedding=list(struct.unpack(f"<{len(vector) // 4}f", vector)))
+
 
 class EmbeddingList(Answer):
     """An embedding for each input, in their order."""
@@ -233,85 +299,15 @@ class EmbeddingList(Answer):
     data: list[EmbeddingObject]
     usage: Usage
 
-
-# Tokens
-
-
-_GIVEN: dict[str, Any] = {"type": "string"}
-_NOT_GIVEN: dict[str, Any] = {"type": "null"}
-
-
-class TokenizeRequest(Request):
-    """A text whose tokens are asked for."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"model": "demo", "prompt": "To be"}],
-            "oneOf": [
-                {"required": [one], "properties": {one: _GIVEN, other: _NOT_GIVEN}}
-                for one, other in (("prompt", "text"), ("text", "prompt"))
+    @classmethod
+    def of(cls, embeddings: Embeddings, *, is_packed: bool) -> Self:
+        """What the engine has found."""
+        return cls(
+            model=embeddings.model,
+            system_fingerprint=fingerprint_of(embeddings.fingerprint, embeddings.precision),
+            data=[
+                EmbeddingObject.of(index, vector, is_packed=is_packed)
+                for index, vector in enumerate(embeddings.vectors)
             ],
-        }
-    )
-
-    model: Name | None = Field(None, description="May be left out where one model is served.")
-    prompt: str | None = Field(None, description="The text.")
-    text: str | None = Field(None, description="Another name for it.")
-    add_special_tokens: Off | None = Field(
-        None, description="Nothing is ever added; clients of other servers may say so."
-    )
-    unknown: UnknownPolicy | None = Field(
-        None,
-        description="What to do with characters that the model has no token for; error by default.",
-    )
-
-
-class TokenizeAnswer(Answer):
-    """The tokens of a text."""
-
-    model_config = example({"tokens": [32, 53], "count": 2, "pieces": ["T", "o"]})
-
-    tokens: list[int]
-    count: int = Field(description="How many there are.")
-    pieces: list[str] = Field(description="What each of them adds to the text.")
-
-
-class DetokenizeRequest(Request):
-    """Tokens whose text is asked for."""
-
-    model_config = example({"model": "demo", "tokens": [20, 53, 1, 40, 43]})
-
-    model: Name | None = Field(None, description="May be left out where one model is served.")
-    tokens: Annotated[list[Token], Field(fail_fast=True)] = Field(description="The tokens.")
-
-
-class DetokenizeAnswer(Answer):
-    """The text of tokens."""
-
-    model_config = example({"prompt": "To"})
-
-    prompt: str = Field(description="The text.")
-
-
-class TokenizerInfo(Answer):
-    """What a client has to know that encodes texts itself."""
-
-    model_config = example(
-        {
-            "tokenizer_class": "characters",
-            "vocabulary_size": 65,
-            "eos_token": None,
-            "bos_token": None,
-            "pad_token": None,
-            "chat_template": None,
-        }
-    )
-
-    tokenizer_class: str = Field(description="What its tokens are.")
-    vocabulary_size: int = Field(description="How many there are.")
-    eos_token: str | None = Field(description="Null: the end of a document is no text.")
-    bos_token: str | None = Field(description="Null: nothing stands before a text.")
-    pad_token: str | None = Field(description="Null: nothing is filled up.")
-    chat_template: str | None = Field(
-        description="How chat messages become a prompt, in Python's str.format."
-    )
+            usage=Usage.of(embeddings.tokens),
+        )

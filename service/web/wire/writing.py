@@ -29,7 +29,7 @@ from charloom.params import (
 from service.errors import invalid_all
 from service.messages import Accepted, Delta, Ended, Prompt, Submit
 from service.settings import Settings
-from service.web.wire import MODEL_LIMIT, Answer, Off, Request, unsupported
+from service.web.wire import MODEL_LIMIT, Answer, Off, Request, fingerprint_of, unsupported
 from service.web.wire.inputs import TOKEN_LIMIT
 
 N_LIMIT = 128
@@ -294,7 +294,7 @@ class Reply(ABC):
             "id": self.prefix + secrets.token_hex(12),
             "created": accepted.created,
             "model": accepted.model,
-            "system_fingerprint": f"fp_{accepted.fingerprint[:16]}_{accepted.precision}",
+            "system_fingerprint": fingerprint_of(accepted.fingerprint, accepted.precision),
             "seed": accepted.seed,
         }
 

@@ -1,0 +1,48 @@
+"""How many of a worker's threads are taken by requests that may last.
+
+A request that writes holds its thread until its last byte has gone, and a client may begin as many
+as it likes. So a worker counts the POSTs under way and puts their number into the environment of
+each request; beyond a limit they are refused at once, and the threads that are left answer whether
+the service is well. A server that puts none, such as a test's client, is never full.
+"""
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flask import request
+
+KEY = "charloom.load"
+"""Its name in a WSGI environment."""
+
+
+class Load:
+    """Counts what is under way in one worker, of which `limit` may be."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._count = 0
+        self._lock = threading.Lock()
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether more is under way than may be, the current request included."""
+        return self._count > self._limit
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Count one more in the meantime."""
+        with self._lock:
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+
+
+def current() -> Load:
+    """That of the worker which answers this request."""
+    load = request.environ.get(KEY)
+    return load if isinstance(load, Load) else Load(math.inf)
