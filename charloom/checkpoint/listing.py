@@ -110,15 +110,14 @@ Stamp = tuple[tuple[str, int, int, int, int], ...]
 """Name, inode, size and times of some files of a model, as far as they are there."""
 
 
-def stamp(path: Path, *, whole: bool = False) -> Stamp:
-    """What differs after every commit, for the price of looking up one file.
+def stamp(path: Path) -> Stamp:
+    """What differs after every commit and every damage, for the price of looking up a few files.
 
-    `whole` takes in the data files, by which a damaged model may be restored; those of a sound one
-    never change. Files that cannot be looked at count as missing.
+    Files that cannot be looked at count as missing.
     """
     files = [(CONFIG, path / CONFIG)]
     with suppress(OSError):
-        files += data_files(path) if whole else ()
+        files += data_files(path)
     found = []
     for name, file in files:
         with suppress(OSError):

@@ -1,8 +1,9 @@
 """What a folder of models holds: those that can be served, and why the others cannot.
 
-What `config.json` looks like from outside tells whether a model has been committed again, so a look
-at a hundred models that are as they were takes two milliseconds. A model that is damaged is logged
-once and looked at again when any of its files changes.
+What a model's files look like from outside tells whether it has been committed again, or damaged, so
+a look at models that are as they were reads none of them. A model that is damaged is logged once and
+looked at again when any of its files changes; damage that changes no size is found when it is
+loaded.
 """
 
 import logging
@@ -108,7 +109,7 @@ class Catalogue:
     def _look(self, name: str) -> None:
         """Take note of what a folder holds, where that has changed."""
         # Taken first: what changes while the folder is read is seen the next time.
-        stamp = checkpoint.stamp(self.path(name), whole=name in self._broken)
+        stamp = checkpoint.stamp(self.path(name))
         if self._stamps.get(name) == stamp:
             return
         try:

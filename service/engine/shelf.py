@@ -289,7 +289,7 @@ class Shelf:
                 need,
             )
         path = self._catalogue.path(name)
-        stamp = checkpoint.stamp(path, whole=True)
+        stamp = checkpoint.stamp(path)
         load = _Load(name=name, stamp=stamp, bytes=need, waiting=list(waiting))
         self._loading[name] = load
         self._background.run(
@@ -304,7 +304,7 @@ class Shelf:
         found: Served | None = None
         if isinstance(result, Model):
             found = self._receive(name, result)
-        elif checkpoint.stamp(self._catalogue.path(name), whole=True) == load.stamp:
+        elif checkpoint.stamp(self._catalogue.path(name)) == load.stamp:
             self._reject(load, result)
         else:  # what could not be read is no longer there
             entry = self._catalogue.renew(name)
