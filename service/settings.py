@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from string import Formatter
@@ -36,7 +37,7 @@ VALUE_SHOWN = 80
 
 _ORIGIN = re.compile(r"\*|https?://(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", re.IGNORECASE | re.ASCII)
 
-_STORAGE = re.compile(r"memory://|rediss?(\+(unix|cluster|sentinel))?://.+")
+_STORAGE = re.compile(r"memory://|redis(s|\+unix|\+cluster|\+sentinel)?://.+")
 
 
 def _split(value: object) -> object:
@@ -62,6 +63,8 @@ def _check_storage(uri: str) -> str:
     """An address that the `limits` library knows, of those that are installed with the service."""
     if not _STORAGE.fullmatch(uri):
         raise ValueError("give memory:// or an address such as redis://HOST:PORT")
+    if uri.startswith("redis") and find_spec("redis") is None:
+        raise ValueError("install what it takes to ask Redis: pip install 'charloom[redis]'")
     return uri
 
 

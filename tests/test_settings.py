@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,20 @@ def test_limits_are_counted_in_memory_or_redis(monkeypatch: pytest.MonkeyPatch, 
     """These addresses of a storage are taken."""
     monkeypatch.setenv("CHARLOOM_LIMITS_STORAGE", uri)
     assert read().limits_storage == uri
+
+
+@pytest.mark.parametrize("uri", ["rediss+cluster://host", "redis://", "postgres://host"])
+def test_no_other_storage_is_taken(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    """What `limits` has no storage for ends the start, not the engine."""
+    (problem,) = problems(monkeypatch, limits_storage=uri)
+    assert "redis://HOST:PORT" in problem
+
+
+def test_redis_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address of Redis without the package that asks it is a sentence with the remedy."""
+    monkeypatch.setitem(sys.modules, "redis", None)
+    (problem,) = problems(monkeypatch, limits_storage="redis://host")
+    assert "charloom[redis]" in problem
 
 
 @pytest.mark.parametrize("template", ["{content}", "{role}: {content}\n", "{{{content}}}"])

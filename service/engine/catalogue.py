@@ -1,8 +1,8 @@
 """What a folder of models holds: those that can be served, and why the others cannot.
 
-What a model's files look like from outside tells whether it has been committed again, or damaged, so
-a look at models that are as they were reads none of them. A model that is damaged is logged once and
-looked at again when any of its files changes; damage that changes no size is found when it is
+What a model's files look like from outside tells whether it has been committed again, or damaged,
+so a look at models that are as they were reads none of them. A model that is damaged is logged once
+and looked at again when any of its files changes; damage that changes no size is found when it is
 loaded.
 """
 
