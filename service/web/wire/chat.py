@@ -7,7 +7,7 @@ do not want it.
 
 from collections.abc import Mapping, Sequence
 from string import Formatter
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -361,7 +361,9 @@ class ChatEvent(BaseModel):
 class ChatReply(Reply):
     """Answers a chat request."""
 
-    prefix: ClassVar[str] = "chatcmpl-"
+    prefix = "chatcmpl-"
+    chunk = ChatChunk
+    usage_chunk = ChatUsageChunk
 
     def __init__(self, accepted: Accepted, *, wants_logprobs: bool, wants_usage: bool) -> None:
         super().__init__(accepted, wants_logprobs=wants_logprobs, wants_usage=wants_usage)
@@ -375,12 +377,6 @@ class ChatReply(Reply):
             for text in texts
         ]
         return ChatCompletion(**self._head, choices=choices, usage=self.usage(ended))
-
-    def frame(self, usage: CompletionUsage | None = None) -> ChatChunk:
-        """A chunk without choices."""
-        if self._wants_usage:
-            return ChatUsageChunk(**self._head, choices=[], usage=usage)
-        return ChatChunk(**self._head, choices=[])
 
     def choice(self, delta: Delta) -> ChatChunkChoice:
         """What is new of a text."""

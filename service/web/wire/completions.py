@@ -1,7 +1,7 @@
 """The bodies of `POST /v1/completions`: OpenAI's, with what charloom can beyond it."""
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, Json
 
@@ -168,7 +168,9 @@ class CompletionEvent(BaseModel):
 class CompletionReply(Reply):
     """Answers a completion request."""
 
-    prefix: ClassVar[str] = "cmpl-"
+    prefix = "cmpl-"
+    chunk = CompletionChunk
+    usage_chunk = CompletionUsageChunk
 
     def __init__(self, accepted: Accepted, *, wants_logprobs: bool, wants_usage: bool) -> None:
         super().__init__(accepted, wants_logprobs=wants_logprobs, wants_usage=wants_usage)
@@ -179,12 +181,6 @@ class CompletionReply(Reply):
         """All texts."""
         choices = [self.choice(text) for text in texts]
         return Completion(**self._head, choices=choices, usage=self.usage(ended))
-
-    def frame(self, usage: CompletionUsage | None = None) -> CompletionChunk:
-        """A chunk without choices."""
-        if self._wants_usage:
-            return CompletionUsageChunk(**self._head, choices=[], usage=usage)
-        return CompletionChunk(**self._head, choices=[])
 
     def choice(self, delta: Delta) -> CompletionChoice:
         """What is new of a text."""

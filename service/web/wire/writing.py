@@ -9,7 +9,7 @@ ranges too, and a test holds the two together.
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar
 
@@ -286,6 +286,12 @@ class Reply(ABC):
     prefix: ClassVar[str]
     """What the request's id begins with."""
 
+    chunk: ClassVar[Callable[..., BaseModel]]
+    """The form of a chunk."""
+
+    usage_chunk: ClassVar[Callable[..., BaseModel]]
+    """Its form where usage was asked for."""
+
     def __init__(self, accepted: Accepted, *, wants_logprobs: bool, wants_usage: bool) -> None:
         self._wants_logprobs = wants_logprobs
         self._wants_usage = wants_usage
@@ -303,12 +309,14 @@ class Reply(ABC):
         """The answer, from one delta that holds all of each choice, in the order of their index."""
 
     @abstractmethod
-    def frame(self, usage: CompletionUsage | None = None) -> BaseModel:
-        """A chunk without choices; it has a field for the usage where that was asked for."""
-
-    @abstractmethod
     def choice(self, delta: Delta) -> BaseModel:
         """What a chunk tells of a choice; deltas come in their order."""
+
+    def frame(self, usage: CompletionUsage | None = None) -> BaseModel:
+        """A chunk without choices; it has a field for the usage where that was asked for."""
+        if self._wants_usage:
+            return self.usage_chunk(**self._head, choices=[], usage=usage)
+        return self.chunk(**self._head, choices=[])
 
     def usage(self, ended: Ended) -> CompletionUsage:
         """What the request cost."""
