@@ -301,18 +301,10 @@ def start(models: Path, rounds: int) -> None:
 
 def resident(pid: int) -> int:
     """Bytes of memory of a process and all below it, shared pages counted once."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # ended meanwhile
-        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    family = [pid]
+    total, family = 0, [pid]
     for member in family:
-        family += children.get(member, [])
-    total = 0
-    for member in family:
+        for task in Path(f"/proc/{member}/task").iterdir():
+            family += map(int, (task / "children").read_text().split())
         for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 total += int(line.split()[1]) * 1024

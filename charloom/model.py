@@ -15,7 +15,6 @@ by drawing it. A model of plain text never draws it; there an empty prompt has n
 the first token is drawn by how often each occurs in the training text.
 """
 
-import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -55,6 +54,7 @@ from charloom.params import (
     UnknownPolicy,
     thread_problems,
 )
+from charloom.processors import available_threads
 from charloom.scoring import Score, Scorer, run_ahead
 from charloom.tokenizer import Tokenizer
 
@@ -166,7 +166,7 @@ class Model:
     """A checkpoint and the engines that write with it, one for each precision asked for.
 
     Threads may share it; their requests then share batches. `threads` is how many processor threads
-    a step uses, by default as many as the process may run on; where they are `spinning` they wait
+    a step uses, by default as many as can run at once; where they are `spinning` they wait
     busily for the next step, which is quicker and costs the processor. An engine writes up to
     `capacity` texts at the same time while up to `waiting` wait, and all of them keep up to `cache`
     bytes of hidden states.
@@ -446,18 +446,11 @@ class Model:
 def load(path: str | PathLike[str], *, threads: int | None = None) -> Model:
     """Load the model in a folder, such as models/demo; everything is verified before use.
 
-    `threads` is how many processor threads a step uses, by default as many as the process may run
-    on; it changes no text. Raises `ModelMissingError` when there is no model and `CheckpointError`
-    when it does not verify.
+    `threads` is how many processor threads a step uses, by default as many as can run at once; it
+    changes no text. Raises `ModelMissingError` when there is no model and `CheckpointError` when it
+    does not verify.
     """
     return Model(checkpoints.load(Path(path)), threads=threads)
-
-
-def available_threads() -> int:
-    """Processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def draw_seed() -> int:

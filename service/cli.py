@@ -8,6 +8,7 @@ the last worker.
 import ipaddress
 import logging
 import socket
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from charloom.errors import OptionError
 from service import settings as environment
 from service.errors import RequestError
 from service.launch import ensure_engine
-from service.settings import Settings
+from service.settings import Problems, Settings
 
 BACKLOG = 2048
 """Connections that the system keeps until a worker takes them."""
@@ -57,23 +58,34 @@ def serve(ctx: click.Context, /, **_options: str | None) -> None:
     if context.is_named:
         options["models"] = context.models
     settings = environment.read(options)
-    names = _models_in(settings.models)
-    with _listen(settings.host, settings.port) as listener:
-        try:
-            ensure_engine(settings)
-        except RequestError as error:
-            click.echo(error.problem.message, err=True)
-            ctx.exit(1)
-        # The engine starts in the half second that these take.
+    problems = Problems()
+    with ExitStack() as stack:
+        with problems.gather():
+            names = _models_in(settings.models)
+        with problems.gather():
+            listener = stack.enter_context(_listen(settings.host, settings.port))
+        if not problems:
+            with problems.gather():
+                _start_engine(settings)
+        # The engine starts in the half second that these take; where nothing can start, they tell
+        # what else is wrong.
         from service.web import server
         from service.web.app import create_app
 
-        server.run(
-            create_app(settings),
-            settings,
-            listener,
-            announce=partial(_announce, settings, _url(listener), names),
-        )
+        with problems.gather():
+            app = create_app(settings)
+        problems.tell()
+        announce = partial(_announce, settings, _url(listener), names)
+        server.run(app, settings, listener, announce)
+
+
+def _start_engine(settings: Settings) -> None:
+    """See to it that an engine listens; ends the command where none can be started."""
+    try:
+        ensure_engine(settings)
+    except RequestError as error:
+        click.echo(error.problem.message, err=True)
+        raise click.exceptions.Exit(1) from error
 
 
 def _announce(settings: Settings, url: str, names: list[str]) -> None:

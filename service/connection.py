@@ -16,6 +16,7 @@ from pathlib import Path
 from service import frames
 from service.frames import FrameReader
 from service.messages import VERSION, FromEngine, Hello, Welcome
+from service.settings import variable
 
 READ = 1 << 16
 """Bytes of one read; the memory of a larger one would be mapped and unmapped each time."""
@@ -41,14 +42,14 @@ class Connection:
         self._readable = select.poll()
         self._readable.register(self._socket, select.POLLIN)
 
-    def greet(self, timeout: float) -> None:
-        """Exchange versions, so that the engine is known to be there.
+    def greet(self, timeout: float, settings: str) -> None:
+        """Exchange versions and digests of settings, so that the engine is known to be there.
 
         The socket may be its supervisor's, who holds it while the engine restarts. Raises `OSError`
-        where nobody answers in time, or one of another version.
+        where nobody answers in time, or one of another version or of other settings.
         """
         deadline = time.monotonic() + timeout
-        self.send(frames.encode(Hello(version=VERSION, pid=os.getpid())))
+        self.send(frames.encode(Hello(version=VERSION, pid=os.getpid(), settings=settings)))
         messages: list[FromEngine] = []
         while not messages:
             remaining = deadline - time.monotonic()
@@ -56,13 +57,18 @@ class Connection:
                 raise TimeoutError(f"the engine did not answer within {timeout:g} seconds")
             messages = self.receive(remaining)
         first = messages[0]
-        version = None
-        if isinstance(first, Welcome):
-            version, self.engine = first.version, first.pid
-        if version != VERSION:
+        if not isinstance(first, Welcome):
+            raise ConnectionError(f"the engine began with {type(first).__name__}")
+        self.engine = first.pid
+        if first.version != VERSION:
             raise ConnectionError(
-                f"the engine speaks version {version} of the protocol, this worker {VERSION}; "
-                "stop the service's older processes"
+                f"the engine speaks version {first.version} of the protocol, this worker "
+                f"{VERSION}; stop the service's older processes"
+            )
+        if first.settings != settings:
+            raise ConnectionError(
+                "the engine there is another service's, of other settings, models or version; set "
+                f"{variable('socket')} to a path of this service's own, or stop that one"
             )
 
     def send(self, frame: bytes) -> None:

@@ -45,6 +45,13 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     retry_after: float | None = None
     """Seconds after which the same request may succeed."""
 
+    @property
+    def recurs(self) -> bool:
+        """Whether asking for the same again costs as much and ends alike, though clients that go by
+        the status alone would.
+        """
+        return self.status in (500, 501) or self.code == "deadline"
+
 
 class RequestError(Exception):
     """A request that is refused or fails; `problem` is what its sender gets to see."""

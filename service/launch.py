@@ -4,7 +4,8 @@ The socket's place follows from the user, the models' folder and the settings, s
 of a service, however they were started, find the same engine, and a service that is started anew
 with other settings does not find the one before, which may still be about to end. Whoever can write
 to its folder could pose as the engine and read prompts, so the folder is this user's alone, and
-checked each time.
+checked each time. A place that a setting names says nothing of the other settings, so worker and
+engine compare their digests when they meet.
 """
 
 import hashlib
@@ -73,6 +74,22 @@ def socket_path(settings: Settings) -> Path:
     return path
 
 
+def claim_socket(settings: Settings) -> Path:
+    """Where the engine of these settings listens, in a folder that is made if it is missing; raises
+    `OptionError` where no socket can be there, or the folder is not this user's alone.
+    """
+    path = socket_path(settings)
+    _claim(path.parent)
+    return path
+
+
+def engine_digest(settings: Settings) -> str:
+    """What differs between engines of other settings, of another folder or of another version."""
+    fields = settings.model_dump(mode="json", include=set(ENGINE_SETTINGS))
+    spelled = json.dumps([str(settings.models.resolve()), charloom.__version__, fields])
+    return hashlib.sha256(spelled.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def ensure_engine(
     settings: Settings, *, command: Sequence[str] = ENGINE, patience: float = PATIENCE
 ) -> None:
@@ -81,8 +98,7 @@ def ensure_engine(
     Any number of processes may call this at once, and again at any time. Raises `OptionError` where
     the socket cannot be where it should, `RequestError` where nobody comes to listen on it.
     """
-    path = socket_path(settings)
-    _claim(path.parent)
+    path = claim_socket(settings)
     deadline = time.monotonic() + patience
     candidate: _Candidate | None = None
     while not _is_answered(path):
@@ -103,10 +119,7 @@ def _default_path(settings: Settings) -> Path:
     """A path of this user's for an engine of these settings."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     base = runtime if os.access(runtime, os.W_OK | os.X_OK) else tempfile.gettempdir()
-    fields = settings.model_dump(mode="json", include=set(ENGINE_SETTINGS))
-    spelled = json.dumps([str(settings.models.resolve()), charloom.__version__, fields])
-    name = hashlib.sha256(spelled.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return Path(base) / f"charloom-{os.geteuid()}" / f"{name}.sock"
+    return Path(base) / f"charloom-{os.geteuid()}" / f"{engine_digest(settings)}.sock"
 
 
 def _claim(folder: Path) -> None:

@@ -73,15 +73,22 @@ class Link:
     """The engine, as the request threads of a worker see it; a forked child has a line of its own.
 
     `start` is called, in the link's thread, before each attempt to connect: it sees to it that an
-    engine listens on `path`, at once where one does. `patience` bounds, in seconds, how long an
-    engine is waited for, and how long it may take nothing that is sent.
+    engine listens on `path`, at once where one does. `settings` gives, there too, the digest of
+    those that the engine has to go by. `patience` bounds, in seconds, how long an engine is waited
+    for, and how long it may take nothing that is sent.
     """
 
     def __init__(
-        self, path: Path, *, start: Callable[[], None] | None = None, patience: float = 15.0
+        self,
+        path: Path,
+        *,
+        start: Callable[[], None] | None = None,
+        settings: Callable[[], str] = lambda: "",
+        patience: float = 15.0,
     ) -> None:
         self._path = path
         self._start = start
+        self._settings = settings
         self._patience = patience
         self._lines: dict[int, _Line] = {}
         """By process; never more than one for long."""
@@ -155,7 +162,8 @@ class Link:
         line = self._lines.get(pid)
         if line is None:
             # One call of the interpreter: of several threads that come first, all get the same.
-            line = self._lines.setdefault(pid, _Line(self._path, self._start, self._patience))
+            new = _Line(self._path, self._start, self._settings, self._patience)
+            line = self._lines.setdefault(pid, new)
             for other in [number for number in list(self._lines) if number != pid]:
                 inherited = self._lines.pop(other, None)
                 if inherited is not None:
@@ -170,9 +178,16 @@ class _Line:
     as soon as there is. Whoever takes a call out of `_calls` hands over its end: one thread can.
     """
 
-    def __init__(self, path: Path, start: Callable[[], None] | None, patience: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        start: Callable[[], None] | None,
+        settings: Callable[[], str],
+        patience: float,
+    ) -> None:
         self._path = path
         self._start = start
+        self._settings = settings
         self._patience = patience
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -329,7 +344,7 @@ class _Line:
         if self._closing.is_set():
             connection.break_off()  # `close` may have come before there was one to break off
         try:
-            connection.greet(deadline - time.monotonic())
+            connection.greet(deadline - time.monotonic(), self._settings())
         except BaseException:
             with self._lock:
                 self._dialled = None

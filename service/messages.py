@@ -2,7 +2,8 @@
 
 Each message is a frame: its length in four bytes, big-endian, then the message in MessagePack,
 checked against its type when it is read. Nothing is pickled. A worker opens with `Hello`, the
-engine answers `Welcome`; a peer of another version is told so and left. After that:
+engine answers `Welcome`; a peer of another version or of other settings is told so and left. After
+that:
 
     worker -> engine                        engine -> worker
     Submit     texts to write               Accepted or Refused, then Deltas ..., and one Ended
@@ -50,6 +51,8 @@ class Hello(_Message, frozen=True):
 
     version: int
     pid: int
+    settings: str = ""
+    """The digest of those that it expects the engine to go by."""
 
 
 class Welcome(_Message, frozen=True):
@@ -57,6 +60,8 @@ class Welcome(_Message, frozen=True):
 
     version: int
     pid: int
+    settings: str = ""
+    """The digest of those that it goes by."""
 
 
 # Texts to write
@@ -320,6 +325,8 @@ class Status(_Part, frozen=True):
     """How many models can be served."""
     step_age: float
     """Seconds since the engine last looked at all its work: near 0 in health."""
+    can_count: bool = True
+    """Whether the storage of budgets answers; without it nothing is admitted."""
 
 
 class Answer(_Message, frozen=True):

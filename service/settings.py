@@ -10,7 +10,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -248,6 +249,29 @@ class Settings(BaseSettings):
     def is_local(self) -> bool:
         """Whether only this machine can ask, as it listens on a loopback address."""
         return _is_loopback(self.host)
+
+
+class Problems:
+    """What is wrong with settings that can be read, found by several checks and told together."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @contextmanager
+    def gather(self) -> Iterator[None]:
+        """Keep what a check's `OptionError` says, for `tell`."""
+        try:
+            yield
+        except OptionError as error:
+            self._found.update(dict.fromkeys(error.problems))
+
+    def tell(self) -> None:
+        """Raise `OptionError` with all that was found, each sentence once, if anything was."""
+        if self._found:
+            raise OptionError([*self._found])
 
 
 def read(options: Mapping[str, Any] | None = None) -> Settings:

@@ -1,6 +1,10 @@
 """What holds for every test: stable properties, and nothing of the user's is read or written."""
 
+import os
 import runpy
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import cache
@@ -9,6 +13,8 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from charloom.tokenizer import SentencePieceTokenizer
 
 # Derandomized, so that the same commit always runs the same examples; and no clock decides a test,
 # since the machine that runs it may be busy.
@@ -34,9 +40,48 @@ def cell_decoder() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def pieces() -> SentencePieceTokenizer:
+    """A vocabulary of pieces with the 256 bytes beneath them."""
+    text = "the cat and the hat sat on the mat\nand then they ran\n" * 20
+    return SentencePieceTokenizer.train([text], model_type="bpe", vocabulary_size=300)
+
+
+@pytest.fixture(scope="session")
 def write_model() -> Callable[..., Path]:
-    """Save a tiny model in a folder: `seed=`, `mode=`, `documents=`."""
-    return running_service()["write_model"]
+    """Save a tiny model in a folder: `seed=`, `mode=`, `documents=`, `tokenizer=`."""
+    return runpy.run_path(str(Path(__file__).parent / "tiny_model.py"))["write_model"]
+
+
+@pytest.fixture(scope="session")
+def shell() -> Callable[..., "subprocess.CompletedProcess[bytes]"]:
+    """Run `charloom` on a folder of models, its words and redirections read as a shell reads them.
+
+    Further arguments are words that the shell leaves as they are.
+    """
+
+    def run(models: Path, words: str, *arguments: object) -> "subprocess.CompletedProcess[bytes]":
+        command = [sys.executable, "-m", "charloom", "--models", str(models)]
+        line = f"{shlex.join(command)} {words} {shlex.join(map(str, arguments))}"
+        return subprocess.run(["sh", "-c", line], capture_output=True, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def printed_with_threads() -> Callable[[str], set[str]]:
+    """Run a program with one BLAS thread and with several: all that it prints."""
+
+    def run(program: str, threads: str) -> str:
+        environment = {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    return lambda program: {run(program, threads) for threads in ("1", "2", "5")}
 
 
 @pytest.fixture

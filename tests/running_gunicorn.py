@@ -21,6 +21,7 @@ APPLICATION = '''
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 
@@ -50,6 +51,8 @@ def answer(environ):
             return str(environ["charloom.drain"].is_on).encode()
         case "/load":
             return str(environ["charloom.load"].is_beyond).encode()
+        case "/rest":
+            connection.rests_until = time.monotonic() + float(environ["QUERY_STRING"])
         case "/delay":
             return str(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)).encode()
         case "/interrupt":
@@ -60,6 +63,8 @@ def answer(environ):
             return flood()
         case "/port":
             return environ["REMOTE_PORT"].encode()
+        case "/host":
+            return environ.get("HTTP_HOST", "").encode()
         case "/forwarded":
             return environ.get("HTTP_X_FORWARDED_FOR", "").encode()
         case "/defect":

@@ -1,6 +1,6 @@
-"""The real service for tests: a folder with a tiny model, and `charloom serve` on it.
+"""The real service for tests: `charloom serve` on a folder of models.
 
-Tests get at it through the fixtures `tiny_model`, `serve` and `service` of conftest.
+Tests get at it through the fixtures `serve` and `service` of conftest, and at `family` by `runpy`.
 """
 
 import os
@@ -14,46 +14,21 @@ from collections.abc import Mapping
 from http.client import HTTPConnection
 from pathlib import Path
 
-import numpy as np
-
-from charloom.architecture import Architecture
-from charloom.checkpoint import ModelWriter, WriteMode
-from charloom.tokenizer import CharacterTokenizer, Tokenizer
-
 ROOT = Path(__file__).parent.parent
-ALPHABET = "abcdefghijklmnopqrstuvwxyz .,\nÄ語😀"
-CHARACTERS = CharacterTokenizer(ALPHABET)
 PATIENCE = 60.0
 """Seconds that a start or an end may take on a busy machine."""
 
 
-def write_model(
-    folder: Path,
-    *,
-    seed: int = 0,
-    mode: WriteMode = "new",
-    documents: str = "none",
-    tokenizer: Tokenizer = CHARACTERS,
-) -> Path:
-    """Save a tiny random LSTM whose texts vary; another seed is another model."""
-    architecture = Architecture(
-        cell="lstm", vocabulary=tokenizer.vocabulary_size, embedding=12, hidden=16, layers=2
-    )
-    rng = np.random.default_rng(seed)
-    with ModelWriter(folder, mode=mode) as writer:
-        writer.commit(
-            architecture=architecture,
-            tokenizer=tokenizer,
-            tensors={
-                name: rng.uniform(-1, 1, shape).astype(np.float32)
-                for name, shape in architecture.tensor_shapes().items()
-            },
-            token_counts=np.ones(tokenizer.vocabulary_size, np.int64),
-            documents=documents,
-            summary={},
-            trainer=None,
-        )
-    return folder
+def family(pid: int) -> list[int]:
+    """The numbers of a process and of all below it."""
+    members = [pid]
+    for member in members:
+        try:
+            for task in Path(f"/proc/{member}/task").iterdir():
+                members += map(int, (task / "children").read_text().split())
+        except OSError:
+            continue  # ended meanwhile
+    return members
 
 
 class Service:
@@ -112,20 +87,10 @@ class Service:
 
     def processes(self) -> dict[int, str]:
         """The command line of each process of this service, by its number."""
-        parents: dict[int, list[int]] = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(path.read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # ended meanwhile
-            parents.setdefault(parent, []).append(int(path.parent.name))
-        family = [self.pid]
-        for member in family:
-            family += parents.get(member, [])
         lines = {}
-        for member in family:
+        for member in family(self.pid):
             try:
-                lines[member] = (Path("/proc") / str(member) / "cmdline").read_text()
+                lines[member] = Path(f"/proc/{member}/cmdline").read_text()
             except OSError:
                 continue  # ended meanwhile
         return {member: line.replace("\0", " ") for member, line in lines.items()}

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from werkzeug.test import create_environ
+from werkzeug.wrappers import Response
 
 from charloom.errors import OptionError
 from service.errors import RequestError
@@ -202,6 +204,29 @@ def test_who_has_a_key_is_known_by_its_name(link: Any) -> None:
     assert sender(link, client=asks, headers=bearer(BOB), address="::1") == "bob"
 
 
+@pytest.mark.parametrize(
+    ("forwarded", "owner"),
+    [
+        ("192.0.2.7:5678", "addr:192.0.2.7"),
+        ("[2001:db8:1:2::5]:99", "addr:2001:db8:1:2::/64"),
+        ("[2001:db8:1:2::5]", "addr:2001:db8:1:2::/64"),
+        ('"[2001:db8:1:2::5]:99"', "addr:2001:db8:1:2::/64"),
+        ("2001:db8:1:2::5", "addr:2001:db8:1:2::/64"),
+        ("192.0.2.7:", "addr:unknown"),
+        ("192.0.2:80", "addr:unknown"),
+        ("[192.0.2.7]:80", "addr:unknown"),
+        ("[::1", "addr:unknown"),
+        ("[:]:80", "addr:unknown"),
+        ("a.example:80", "addr:unknown"),
+        ("unknown", "addr:unknown"),
+    ],
+)
+def test_a_proxy_may_forward_the_port_too(link: Any, forwarded: str, owner: str) -> None:
+    """A forwarded address counts without its port, and what is none by one name for all."""
+    headers = {"X-Forwarded-For": forwarded}
+    assert sender(link, client=client(link, proxies=1), headers=headers) == owner
+
+
 # Wrong settings
 
 
@@ -391,6 +416,15 @@ def ask_by(name: str, path: str = "/v1/models", **settings: Any) -> int:
     return app.test_client().get(path, headers={"Host": name}).status_code
 
 
+def ask_without_name(protocol: str, path: str = "/v1/models", **settings: Any) -> Any:
+    """The answer to a request that has no Host."""
+    app = create_app(Settings(**settings), SCRIPTED["ScriptedLink"]())
+    environ = create_environ(path)
+    del environ["HTTP_HOST"]
+    environ["SERVER_PROTOCOL"] = protocol
+    return Response.from_app(app, environ, buffered=True)
+
+
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000"])
 def test_a_local_service_goes_by_this_machines_names(host: str) -> None:
     """Without keys on a loopback address it is asked by the names of that address."""
@@ -425,3 +459,24 @@ def test_with_keys_this_machines_names_always_do() -> None:
     assert ask_by("127.0.0.1:8000", **settings) == 401
     assert ask_by("text.example", **settings) == 401
     assert ask_by("evil.example", **settings) == 400
+
+
+@pytest.mark.parametrize("protocol", ["HTTP/1.1", "HTTP/1.2"])
+@pytest.mark.parametrize("path", ["/v1/models", "/healthz"])
+@pytest.mark.parametrize("settings", [{}, {"host": "0.0.0.0"}, {"keys": KEYS}])
+def test_a_request_without_a_name_is_refused(
+    protocol: str, path: str, settings: dict[str, Any]
+) -> None:
+    """The header that HTTP/1.1 asks for is asked for here, whatever names are allowed."""
+    answer = ask_without_name(protocol, path, **settings)
+    assert answer.status_code == 400
+    assert answer.json["error"]["code"] == "bad_request"
+
+
+def test_an_old_request_without_a_name_has_none_that_is_allowed() -> None:
+    """HTTP/1.0 needs no Host, but where names are checked the server's own does not stand in."""
+    answer = ask_without_name("HTTP/1.0")
+    assert answer.status_code == 400
+    assert answer.json["error"]["code"] == "host_not_allowed"
+    assert ask_without_name("HTTP/1.0", "/healthz").status_code == 200
+    assert ask_without_name("HTTP/1.0", host="0.0.0.0").status_code == 200

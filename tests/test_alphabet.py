@@ -94,13 +94,6 @@ def test_what_may_not_be_drawn_leads_between_characters() -> None:
     assert (alphabet.moves_SV >= 0).all()
 
 
-@pytest.fixture(scope="session")
-def pieces() -> SentencePieceTokenizer:
-    """A vocabulary of pieces with the 256 bytes beneath them."""
-    text = "the cat and the hat sat on the mat\nand then they ran\n" * 20
-    return SentencePieceTokenizer.train([text], model_type="bpe", vocabulary_size=300)
-
-
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_every_state_allows_the_bytes_that_go_on(kind: str, pieces: SentencePieceTokenizer) -> None:
     """A token is allowed in a state exactly where its bytes are legal; no state is a trap."""

@@ -1,9 +1,12 @@
 import json
 import re
 import runpy
+import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonschema_rs
@@ -12,8 +15,11 @@ import schemathesis
 
 import charloom
 from charloom.errors import OptionError
-from service.messages import Describe, ScoreTexts
+from service.frames import FrameReader
+from service.launch import engine_digest
+from service.messages import Describe, FromWorker, Hello, ScoreTexts
 from service.settings import Settings
+from service.web import drain
 from service.web.access import PUBLIC
 from service.web.app import create_app
 from service.web.context import NAME, Service
@@ -79,6 +85,35 @@ def test_wrong_settings_end_the_start_with_all_that_is_wrong(
     with pytest.raises(OptionError) as error:
         create_app()
     assert len(error.value.problems) == 2
+
+
+def test_wrong_keys_and_a_wrong_socket_are_told_together(tmp_path: Path) -> None:
+    """One start tells what only a look at files and folders shows."""
+    tmp_path.chmod(0o755)
+    with pytest.raises(OptionError) as error:
+        create_app(Settings(keys="nonsense", socket=tmp_path / "engine.sock"))
+    key, socket_ = error.value.problems
+    assert "Entry 1 of CHARLOOM_KEYS is not NAME=KEY" in key
+    assert "CHARLOOM_SOCKET" in socket_
+
+
+def test_an_application_expects_an_engine_of_its_settings() -> None:
+    """Its worker greets whoever listens on the socket with their digest."""
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as engine:
+        settings = Settings(models=Path(folder), socket=Path(folder) / "engine.sock", rows=5)
+        engine.bind(str(settings.socket))
+        engine.listen()
+        engine.settimeout(20)
+        service: Service = create_app(settings).extensions[NAME]
+        with closing(service.link) as link:
+            link.open()
+            data = b""
+            while not data:  # first it looks whether somebody listens
+                with engine.accept()[0] as worker:
+                    data = worker.recv(1 << 16)
+        (hello,) = FrameReader[FromWorker](FromWorker).push(data)
+        assert isinstance(hello, Hello)
+        assert hello.settings == engine_digest(settings)
 
 
 def test_making_an_application_begins_nothing(link: Any) -> None:
@@ -177,6 +212,23 @@ def test_beyond_its_load_a_worker_refuses_what_may_last(link: Any) -> None:
         assert status() == 200
 
 
+def test_a_server_without_bounds_on_clients_is_told_of_once(
+    link: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first request through another server than ours warns, and names what bounds clients."""
+    asks = client(link, log_level="warning")
+    ours = {"SERVER_SOFTWARE": "gunicorn/1", drain.KEY: drain.Drain()}
+    asks.get("/v1/models", environ_base=ours)
+    asks.get("/v1/models")
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        asks.get("/v1/models", environ_base={"SERVER_SOFTWARE": "waitress"})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert " warning " in line
+    assert "waitress puts no bounds on slow clients as it was started; use 'charloom serve'" in line
+    assert "gunicorn.conf.py" in line
+
+
 def test_no_page_of_another_origin_may_ask(link: Any) -> None:
     """Without origins configured no answer says that one may."""
     answer = client(link).get("/v1/models", headers={"Origin": ORIGIN})
@@ -214,7 +266,7 @@ def test_a_page_may_read_errors_and_what_a_client_needs(link: Any) -> None:
     assert answer.status_code == 401
     assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
     exposed = answer.headers["Access-Control-Expose-Headers"].lower()
-    assert set(exposed.split(", ")) == {"x-request-id", "retry-after"}
+    assert set(exposed.split(", ")) == {"x-request-id", "retry-after", "x-should-retry"}
 
 
 def test_a_preflight_lets_openais_headers_pass(link: Any) -> None:

@@ -1,6 +1,7 @@
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -50,6 +51,18 @@ def test_a_client_that_broke_off_is_gone(ends: tuple[socket.socket, socket.socke
     near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     near.close()
     assert Client(far).is_gone()
+
+
+def test_a_client_may_have_to_rest(ends: tuple[socket.socket, socket.socket]) -> None:
+    """A server's connection notes until when; a plain socket, as of another server, need not."""
+    _, far = ends
+    Client(far).rest(60)
+    Client(None).rest(60)
+    before = time.monotonic()
+    with adopt(far) as connection:
+        assert connection.rests_until < before
+        Client(connection).rest(60)
+        assert before + 60 <= connection.rests_until <= time.monotonic() + 60
 
 
 def test_a_client_that_closed_is_gone_behind_what_it_sent_ahead(

@@ -128,6 +128,23 @@ def test_broken_standard_input_is_told(tmp_path: Path) -> None:
         finder.find(["-"])
 
 
+def test_closed_standard_input_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python has None in its place where the shell was told `<&-`."""
+    monkeypatch.setattr(sys, "stdin", None)
+    finder = Finder(
+        workshop=tmp_path,
+        downloads=tmp_path,
+        lock=lambda _: nullcontext(),
+        stdin=None,
+        report=lambda _: None,
+    )
+    with pytest.raises(CorpusError) as caught:
+        finder.find(["-"])
+    assert str(caught.value) == ("Standard input (-) is closed; give it a text, such as < FILE.")
+
+
 @pytest.mark.parametrize(
     ("sources", "sentence"),
     [

@@ -1,5 +1,8 @@
+import itertools
+import math
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
@@ -21,8 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from charloom.architecture import Architecture
-from charloom.checkpoint import Checkpoint, ModelWriter, WriteMode
+from charloom.checkpoint import Checkpoint, WriteMode
 from charloom.decoding.decoder import Decoder, GraphDecoder, Kernel
 from charloom.model import Model
 from charloom.params import SamplingParams
@@ -35,6 +37,7 @@ from service.engine.reception import QUICK, QUICK_SPELLING
 from service.engine.shelf import SCAN_INTERVAL, Served, Shelf
 from service.errors import RequestError, unknown_model
 from service.frames import FrameReader
+from service.launch import engine_digest
 from service.messages import (
     NUMBERS_LIMIT,
     VERSION,
@@ -64,32 +67,20 @@ from service.messages import (
 from service.settings import Settings
 
 LETTERS = CharacterTokenizer("abcdefgh \n")
+
+TINY = runpy.run_path(str(Path(__file__).parent / "tiny_model.py"))
 TURNS = 20_000
 """More turns than any test needs."""
+
+NUMBERS = itertools.count(1000)
+"""For questions that are asked until something holds."""
 
 Message = TypeVar("Message")
 
 
-@cache
-def make_checkpoint(seed: int = 0, hidden: int = 24) -> Checkpoint:
+def make_checkpoint(seed: int = 0) -> Checkpoint:
     """A small random LSTM; another seed is another model."""
-    architecture = Architecture(
-        cell="lstm", vocabulary=LETTERS.vocabulary_size, embedding=12, hidden=hidden, layers=2
-    )
-    rng = np.random.default_rng(seed)
-    return Checkpoint(
-        path=Path("memory"),
-        architecture=architecture,
-        tokenizer=LETTERS,
-        tensors={
-            name: rng.uniform(-1, 1, shape).astype(np.float32)
-            for name, shape in architecture.tensor_shapes().items()
-        },
-        token_counts=np.ones(LETTERS.vocabulary_size, np.int64),
-        documents="none",
-        summary={},
-        fingerprint=f"{seed:064x}",
-    )
+    return TINY["make_checkpoint"](LETTERS, seed=seed)
 
 
 @cache
@@ -123,6 +114,7 @@ class ShelfInMemory:
     def __init__(self, models: Mapping[str, Model], of: Settings) -> None:
         self.broken: dict[str, str] = {}
         self.polls = 0
+        self.pause = math.inf
         self.served = {name: self._serve(name, model, of) for name, model in models.items()}
 
     def poll(self) -> None:
@@ -197,6 +189,12 @@ class Requests(dict[int, Text]):
         return Text()
 
 
+def greet(settings: Settings, **changes: Any) -> Hello:
+    """The first message of a worker of some settings."""
+    fields = {"version": VERSION, "pid": 1, "settings": engine_digest(settings), **changes}
+    return Hello(**fields)
+
+
 class Peer:
     """An HTTP worker: what it is told it puts together, and checks the order of."""
 
@@ -212,7 +210,7 @@ class Peer:
         self.is_cut_off = False
         self.is_reading = True
         if is_polite:
-            self.send(Hello(version=VERSION, pid=os.getpid()))
+            self.send(greet(house.settings))
 
     def send(self, *messages: FromWorker) -> None:
         """Send messages, letting the engine take turns as long as they do not fit."""
@@ -405,8 +403,10 @@ def expect(prompt: str = "abc", *, model: int = 0, **options: Any) -> str:
 
 
 def test_a_worker_is_greeted(house: House) -> None:
-    """The engine answers the first message with its version and process."""
-    assert house.connect().welcome == Welcome(version=VERSION, pid=os.getpid())
+    """The engine answers the first message with its version, process and settings."""
+    assert house.connect().welcome == Welcome(
+        version=VERSION, pid=os.getpid(), settings=engine_digest(house.settings)
+    )
 
 
 def test_a_worker_of_another_version_is_told_and_left(
@@ -414,30 +414,58 @@ def test_a_worker_of_another_version_is_told_and_left(
 ) -> None:
     """It gets the engine's version, and then the end of the connection."""
     peer = house.connect(is_polite=False)
-    peer.send(Hello(version=VERSION + 1, pid=77), make_order())
+    peer.send(greet(house.settings, version=VERSION + 1, pid=77), make_order())
     house.turn_until(lambda: peer.is_cut_off)
-    assert peer.welcome == Welcome(version=VERSION, pid=os.getpid())
+    assert peer.welcome is not None
+    assert peer.welcome.version == VERSION
     assert not peer.requests
     assert f"The worker 77 speaks version {VERSION + 1}" in caplog.text
+
+
+def test_a_worker_of_other_settings_is_told_and_left(house: House) -> None:
+    """It gets the digest of the engine's, and then the end of the connection."""
+    peer = house.connect(is_polite=False)
+    peer.send(greet(house.settings.model_copy(update={"rows": 5})), make_order())
+    house.turn_until(lambda: peer.is_cut_off)
+    assert peer.welcome is not None
+    assert peer.welcome.settings == engine_digest(house.settings)
+    assert not peer.requests
+
+
+def test_a_folder_may_become_another_under_its_name(tmp_path: Path) -> None:
+    """A running engine follows a link that is turned, and so does what it says it goes by."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    models = tmp_path / "models"
+    models.symlink_to("old")
+    with ExitStack() as stack:
+        house = House(stack, None, models=models)
+        before = greet(house.settings)
+        models.unlink()
+        models.symlink_to("new")
+        assert house.connect().welcome is not None
+        peer = house.connect(is_polite=False)
+        peer.send(before)
+        house.turn_until(lambda: peer.is_cut_off)
 
 
 @pytest.mark.parametrize(
     "nonsense",
     [
-        b"\0\0\0\1\xc1",
-        b"\xff\xff\xff\xff",
-        frames.encode(make_order()),
-        frames.encode(Hello(version=VERSION, pid=1)) * 2,
-        frames.encode(Hello(version=VERSION, pid=1)) + frames.encode(make_order(max_tokens=50)) * 2,
+        lambda _: b"\0\0\0\1\xc1",
+        lambda _: b"\xff\xff\xff\xff",
+        lambda _: frames.encode(make_order()),
+        lambda hello: hello * 2,
+        lambda hello: hello + frames.encode(make_order(max_tokens=50)) * 2,
     ],
     ids=["no message", "too long", "no greeting", "two greetings", "a number twice"],
 )
 def test_a_worker_that_breaks_the_protocol_is_cut_off(
-    nonsense: bytes, house: House, caplog: pytest.LogCaptureFixture
+    nonsense: Callable[[bytes], bytes], house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It alone is, with a line in the log, and nothing of it stays."""
     other, peer = house.connect(), house.connect(is_polite=False)
-    peer.socket.send(nonsense)
+    peer.socket.send(nonsense(frames.encode(greet(house.settings))))
     house.turn_until(lambda: peer.is_cut_off)
     assert "is cut off" in caplog.text
     assert other.write(make_order(max_tokens=9)).texts[0] == expect(max_tokens=9)
@@ -1110,6 +1138,17 @@ def test_a_silent_storage_of_budgets_holds_up_no_encoding(
         assert codes == {"limits_unavailable"}
 
 
+def test_a_storage_of_budgets_that_is_away_is_told(open_house: Callable[..., House]) -> None:
+    """Whoever asks how the engine is hears it, though no request has found it out."""
+    peer = open_house().connect()
+    assert peer.ask(1, AskStatus()).can_count
+    house = open_house(limits_storage="redis://127.0.0.1:1", requests_per_minute=1)
+    peer = house.connect()  # nobody listens on that port
+    house.turn_until(lambda: not peer.ask(next(NUMBERS), AskStatus()).can_count)
+    problem = problem_of(peer.write(make_order(1)))
+    assert (problem.status, problem.code) == (503, "limits_unavailable")
+
+
 def test_an_answer_too_long_for_a_message_is_refused(
     open_house: Callable[..., House], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1162,17 +1201,7 @@ def test_a_loop_that_stands_still_is_found_out(house: House) -> None:
 
 def commit(folder: Path, seed: int, mode: WriteMode = "new") -> None:
     """Put a model into a folder."""
-    checkpoint = make_checkpoint(seed)
-    with ModelWriter(folder, mode=mode) as writer:
-        writer.commit(
-            architecture=checkpoint.architecture,
-            tokenizer=checkpoint.tokenizer,
-            tensors=checkpoint.tensors,
-            token_counts=checkpoint.token_counts,
-            documents="none",
-            summary={},
-            trainer=None,
-        )
+    TINY["save"](make_checkpoint(seed), folder, mode)
 
 
 def test_a_model_is_replaced_while_it_writes(tmp_path: Path) -> None:
@@ -1238,13 +1267,13 @@ def lonely(tmp_path: Path, clock: list[float]) -> Iterator[tuple[EngineProcess, 
 
 
 def test_the_process_is_over_when_its_last_worker_has_been_gone_for_a_while(
-    lonely: tuple[EngineProcess, str], clock: list[float]
+    lonely: tuple[EngineProcess, str], clock: list[float], tmp_path: Path
 ) -> None:
     """While a worker is connected it goes on, and for some seconds after."""
     process, path = lonely
     with socket.socket(socket.AF_UNIX) as worker:
         worker.connect(path)
-        worker.sendall(frames.encode(Hello(version=VERSION, pid=1)))
+        worker.sendall(frames.encode(greet(Settings(models=tmp_path))))
         process.turn(0.0)
         process.turn(0.0)
         clock[0] += 100.0
@@ -1271,6 +1300,23 @@ def test_it_waits_longer_for_the_first_worker(
     assert process.is_over
 
 
+def test_it_does_not_wait_for_workers_that_are_not_its_own(
+    lonely: tuple[EngineProcess, str], clock: list[float], tmp_path: Path
+) -> None:
+    """A service of other settings, which tries until this engine has gone, does not keep it."""
+    process, path = lonely
+    for own in (Settings(models=tmp_path), Settings(models=tmp_path, rows=5)):
+        with socket.socket(socket.AF_UNIX) as worker:
+            worker.connect(path)
+            worker.sendall(frames.encode(greet(own)))
+            for _ in range(3):
+                process.turn(0.0)
+        process.turn(0.0)
+        assert not process.is_over
+        clock[0] += 1.5
+    assert process.is_over
+
+
 def test_a_loop_without_work_sleeps(house: House) -> None:
     """It turns when something has come or the time is up, and not before."""
     peer = house.connect()
@@ -1283,6 +1329,14 @@ def test_a_loop_without_work_sleeps(house: House) -> None:
     peer.read()
     assert 1 in peer.answers
     assert time.monotonic() - started < 10.0
+
+
+def test_a_loop_without_work_polls_the_shelf_in_time(house: House) -> None:
+    """Who waits for a look at the models' folder does not wait for the loop's own."""
+    house.shelf.pause = 0.01
+    started = time.monotonic()
+    house.process.turn(10.0)
+    assert time.monotonic() - started < SCAN_INTERVAL
 
 
 def test_the_module_serves_what_the_environment_names(tmp_path: Path) -> None:
@@ -1307,7 +1361,7 @@ def test_the_module_serves_what_the_environment_names(tmp_path: Path) -> None:
             worker.connect(f"{folder}/engine")
             reader: FrameReader[FromEngine] = FrameReader(FromEngine)
             for message in (
-                Hello(version=VERSION, pid=1),
+                greet(Settings(models=tmp_path, threads=1)),
                 make_order(1, max_tokens=30),
                 Question(id=2, ask=AskMetrics()),
             ):

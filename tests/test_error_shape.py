@@ -1,5 +1,7 @@
 import json
 import runpy
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from service.errors import (
 from service.settings import Settings
 from service.web import drain
 from service.web.app import create_app
+from service.web.client import Connection
 from service.web.wire.errors import ErrorBody
 
 SCRIPTED = runpy.run_path(str(Path(__file__).parent / "scripted_link.py"))
@@ -110,6 +113,18 @@ def test_a_refusal_comes_back_as_it_is(
     waits = {429: "3", 503: "1"}
     assert answer.headers.get("Retry-After") == waits.get(problem.status)
     assert answer.headers.get("x-should-retry") == ("false" if problem.status == 500 else None)
+
+
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/embeddings"])
+def test_texts_that_take_too_long_are_not_asked_for_again(
+    client: Any, link: Any, path: str
+) -> None:
+    """Where asking again costs as much, clients that retry every 503 are told not to."""
+    link.fail(unavailable("The texts were not read within 600 seconds.", code="deadline"))
+    answer = client.post(path, json=BODIES[path])
+    assert error(answer, 503)["code"] == "deadline"
+    assert answer.headers["Retry-After"] == "1"
+    assert answer.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -294,6 +309,20 @@ def test_a_stopping_worker_begins_nothing(client: Any, link: Any, path: str) -> 
     assert error(answer, 503)["code"] == "draining"
     assert answer.headers["Retry-After"] == "1"
     assert link.asked == []
+
+
+def test_who_is_told_to_wait_has_to(client: Any, link: Any) -> None:
+    """A refusal with a time to come back lets the connection rest until then, for a second."""
+    link.fail(unavailable("Full.", code="queue_full", retry_after=0.5))
+    near, far = socket.socketpair()
+    with near, Connection(far.family, far.type, far.proto, far.detach()) as connection:
+        before = time.monotonic()
+        client.get("/v1/models", environ_overrides={"gunicorn.socket": connection})
+        assert before + 0.5 <= connection.rests_until <= time.monotonic() + 0.5
+        link.fail(over_budget("Spent.", retry_after=60))
+        before = time.monotonic()
+        client.get("/v1/models", environ_overrides={"gunicorn.socket": connection})
+        assert before + 1 <= connection.rests_until <= time.monotonic() + 1
 
 
 @pytest.mark.parametrize(

@@ -128,16 +128,20 @@ def test_a_client_that_stops_reading_is_cut_off(server: Server) -> None:
     assert not [line for line in server.lines if "Traceback" in line]
 
 
-def test_a_client_that_reads_slowly_is_served(server: Server) -> None:
+def test_a_client_that_reads_slowly_is_served(tmp_path: Path) -> None:
     """Each part that is taken renews the time to send."""
-    with socket.socket() as client:
+    limits = {"receive_timeout": PATIENCE / 10, "send_timeout": PATIENCE}
+    with gunicorn(tmp_path, rows=1, queue=0, **limits) as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(server.address)
         client.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
         began = time.monotonic()
         while time.monotonic() - began < 3 * PATIENCE:
             assert client.recv(16384)
-            time.sleep(PATIENCE / 20)  # the pace of this client
+            # The pace of this client: as long as the server waits for the body of another.
+            with server.connect() as other:
+                other.sendall(b"POST /body HTTP/1.1\r\nContent-Length: 1\r\n\r\n")
+                assert other.recv(65536).startswith(b"HTTP/1.1 408")
         assert client.recv(16384)
 
 
@@ -176,6 +180,39 @@ def test_a_connection_is_kept_for_further_requests(server: Server) -> None:
             assert connection.sock is first
     finally:
         connection.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "body"),
+    [
+        (b"POST / HTTP/1.1\r\nContent-Length: 65537\r\n\r\n", b"x" * 65537),
+        (b"POST / HTTP/1.1\r\nContent-Length: 65537\r\n\r\n", b""),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n0\r\n\r\n"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"no chunk\r\n"),
+        (b"POST /body HTTP/1.1\r\nContent-Length: 2\r\n\r\n", b"x"),
+    ],
+    ids=["long", "long and unsent", "in chunks", "in what are no chunks", "late"],
+)
+def test_an_answer_tells_that_its_connection_ends(
+    server: Server, start: bytes, body: bytes
+) -> None:
+    """Where too much of a body is left, or nobody knows how much, the one answer says close."""
+    with server.connect() as client:
+        client.sendall(start + body)
+        answers = read_all(client)
+    assert answers.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nConnection: close\r\n" in answers
+
+
+@pytest.mark.parametrize("path", [b"/", b"/part"])
+def test_a_body_that_nobody_reads_ends_no_connection(server: Server, path: bytes) -> None:
+    """The little that an answer has left of a body is passed over, as the answer promised."""
+    body = b"POST " + path + b" HTTP/1.1\r\nContent-Length: 65536\r\n\r\n" + b"x" * 65536
+    with server.connect() as client:
+        client.sendall(body + b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+        answers = read_all(client)
+    assert re.findall(rb"\r\nConnection: ([a-z-]+)\r\n", answers) == [b"keep-alive", b"close"]
+    assert answers.endswith(b"ok")
 
 
 def test_requests_may_be_sent_ahead(server: Server) -> None:
@@ -243,6 +280,7 @@ def test_what_is_not_http_gets_the_one_error_body(
     assert set(error) == {"message", "type", "param", "code"}
     assert b"Content-Type: application/json" in answer
     assert re.search(rb"x-request-id: req_[0-9a-f]{24}\r\n", answer)
+    assert (b"\r\nx-should-retry: false\r\n" in answer) == (expected == 501)
 
 
 def test_a_defect_of_the_application_is_not_told(server: Server) -> None:
@@ -302,6 +340,35 @@ def test_there_are_never_more_clients_than_open_files(tmp_path: Path) -> None:
             stack.enter_context(server.connect())
         stack.close()
         assert server.get("/") == (200, b"ok")
+
+
+# Clients that do not wait
+
+
+def test_a_request_that_comes_too_early_waits(server: Server) -> None:
+    """Who was told to ask later, and asks at once, is answered when the time has come."""
+    client = http.client.HTTPConnection(*server.address, timeout=20)
+    with closing(client):
+        began = time.monotonic()
+        for path in ("/rest?0.3", "/"):
+            client.request("POST", path)
+            assert client.getresponse().read() == b"ok"
+    assert time.monotonic() - began >= 0.3
+
+
+def test_a_client_that_rests_may_look_around_and_a_stop_ends_its_rest(tmp_path: Path) -> None:
+    """On a connection whose requests have to wait for an hour, probes do not, nor at a stop."""
+    with gunicorn(tmp_path) as server:
+        client = http.client.HTTPConnection(*server.address, timeout=20)
+        with closing(client):
+            for method, path in (("POST", "/rest?3600"), ("GET", "/")):
+                client.request(method, path)
+                assert client.getresponse().read() == b"ok"
+            client.request("POST", "/drain")
+            server.get("/")  # taken after the request that rests, which the loop thus has seen
+            server.process.send_signal(signal.SIGTERM)
+            assert client.getresponse().read() == b"True"
+        assert server.end() == 0
 
 
 # Stop

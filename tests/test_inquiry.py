@@ -1,8 +1,8 @@
 import json
+import runpy
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from charloom.architecture import Architecture, Cell
+from charloom.architecture import Cell
 from charloom.cell import Network, State
-from charloom.checkpoint import Checkpoint, ModelWriter
+from charloom.checkpoint import Checkpoint
 from charloom.decoding.decoder import Decoder, Kernel
 from charloom.model import Model
-from charloom.tokenizer import (
-    ByteTokenizer,
-    CharacterTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
 from service.engine.inquiry import (
     DetokeniseWork,
     EmbedWork,
@@ -46,43 +40,13 @@ from service.messages import (
 )
 from service.settings import Settings
 
-LETTERS = CharacterTokenizer("abcdefgh \n春")
+TINY = runpy.run_path(str(Path(__file__).parent / "tiny_model.py"))
+LETTERS = TINY["LETTERS"]
 
 
-@cache
-def make_tokenizer(kind: str) -> Tokenizer:
-    """One tokenizer of each kind."""
-    if kind == "bytes":
-        return ByteTokenizer()
-    if kind == "pieces":
-        lines = ["the cat sat on the mat", "the dog and the cat", "a hat that the cat sat on"]
-        return SentencePieceTokenizer.train(
-            ["\n".join(lines * 20)], model_type="unigram", vocabulary_size=275
-        )
-    return LETTERS
-
-
-@cache
-def make_checkpoint(kind: str, documents: str, cell: Cell) -> Checkpoint:
-    """A small random network whose predictions are far from even."""
-    tokenizer = make_tokenizer(kind)
-    architecture = Architecture(
-        cell=cell, vocabulary=tokenizer.vocabulary_size, embedding=12, hidden=24, layers=2
-    )
-    rng = np.random.default_rng(3)
-    return Checkpoint(
-        path=Path("memory"),
-        architecture=architecture,
-        tokenizer=tokenizer,
-        tensors={
-            name: rng.uniform(-1, 1, shape).astype(np.float32)
-            for name, shape in architecture.tensor_shapes().items()
-        },
-        token_counts=np.ones(tokenizer.vocabulary_size, np.int64),
-        documents=documents,
-        summary={},
-        fingerprint="0" * 64,
-    )
+def make_checkpoint(kind: str, documents: str = "none", cell: Cell = "lstm") -> Checkpoint:
+    """A small random network over the tokens of one kind."""
+    return TINY["make_checkpoint"](TINY["make_tokenizer"](kind), documents, cell=cell)
 
 
 def serve(
@@ -471,16 +435,7 @@ def test_models_are_described(tmp_path: Path) -> None:
     """All of them, or one by its name."""
     checkpoint = make_checkpoint("characters", "none", "gru")
     for name in ("b", "a"):
-        with ModelWriter(tmp_path / name, mode="new") as writer:
-            writer.commit(
-                architecture=checkpoint.architecture,
-                tokenizer=checkpoint.tokenizer,
-                tensors=checkpoint.tensors,
-                token_counts=checkpoint.token_counts,
-                documents="none",
-                summary={},
-                trainer=None,
-            )
+        TINY["save"](checkpoint, tmp_path / name)
     shelf = Shelf(Settings(models=tmp_path), wake=lambda: None)
     assert [card.name for card in describe(shelf, Describe()).cards] == ["a", "b"]
     assert [card.name for card in describe(shelf, Describe(model="b")).cards] == ["b"]

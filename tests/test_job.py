@@ -1,3 +1,4 @@
+import runpy
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from charloom.architecture import Architecture
 from charloom.checkpoint import Checkpoint
 from charloom.decoding.decoder import Decoder, GraphDecoder, Kernel
 from charloom.decoding.request import Ending, Outcome, Piece
@@ -44,27 +44,7 @@ NOW = time.monotonic()
 LETTERS = CharacterTokenizer("abcdefgh \n")
 BYTES = ByteTokenizer()
 
-
-@cache
-def make_checkpoint(tokenizer: Tokenizer = LETTERS, documents: str = "none") -> Checkpoint:
-    """A small random LSTM whose predictions are far from even."""
-    architecture = Architecture(
-        cell="lstm", vocabulary=tokenizer.vocabulary_size, embedding=12, hidden=24, layers=2
-    )
-    rng = np.random.default_rng(3)
-    return Checkpoint(
-        path=Path("memory"),
-        architecture=architecture,
-        tokenizer=tokenizer,
-        tensors={
-            name: rng.uniform(-1, 1, shape).astype(np.float32)
-            for name, shape in architecture.tensor_shapes().items()
-        },
-        token_counts=np.ones(tokenizer.vocabulary_size, np.int64),
-        documents=documents,
-        summary={},
-        fingerprint="0" * 64,
-    )
+make_checkpoint = runpy.run_path(str(Path(__file__).parent / "tiny_model.py"))["make_checkpoint"]
 
 
 class Counting:
@@ -122,6 +102,17 @@ def make_served(
     )
     model = Model(found, threads=1, own_thread=False, make_decoder=make_decoder)
     return Served(card, model, Settings() if settings is None else settings, clock=lambda: NOW)
+
+
+def make_counted() -> tuple[Served, list[Counting]]:
+    """The same, and its decoders, which count, as they are made."""
+    decoders: list[Counting] = []
+
+    def wrap(decoder: GraphDecoder) -> Counting:
+        decoders.append(Counting(decoder))
+        return decoders[-1]
+
+    return make_served(wrap=wrap), decoders
 
 
 @cache
@@ -282,14 +273,9 @@ def test_more_texts_than_rows_come_one_after_the_other() -> None:
 
 def test_choices_share_the_reading_of_a_long_prompt() -> None:
     """However many choices there are, the prompt is read once."""
-    decoders: list[Counting] = []
-
-    def wrap(decoder: GraphDecoder) -> Counting:
-        decoders.append(Counting(decoder))
-        return decoders[-1]
-
+    served, decoders = make_counted()
     prompt = "abcdefgh " * 50
-    answer = write(make_served(wrap=wrap), make_order(prompt, n=3, max_tokens=4))
+    answer = write(served, make_order(prompt, n=3, max_tokens=4))
     assert len(set(answer.plain)) > 1
     assert decoders[0].fed < len(prompt) + 200
 
@@ -473,15 +459,10 @@ def test_without_alternatives_each_token_still_has_its_own() -> None:
 
 def test_a_prompt_is_judged_once_for_all_its_choices() -> None:
     """Echoed log-probabilities cost one reading of the prompt, not one per choice."""
-    decoders: list[Counting] = []
-
-    def wrap(decoder: GraphDecoder) -> Counting:
-        decoders.append(Counting(decoder))
-        return decoders[-1]
-
+    served, decoders = make_counted()
     prompt = "abcdefgh " * 50
     order = make_order(prompt, n=4, max_tokens=3, logprobs=1, is_echoed=True)
-    answer = write(make_served(wrap=wrap), order)
+    answer = write(served, order)
     assert decoders[0].fed < len(prompt) + 200
     assert len({tuple(text.logprobs[: len(prompt)]) for text in answer.texts.values()}) == 1
 
@@ -680,7 +661,7 @@ def test_texts_that_wait_for_a_failed_one_wait_no_longer() -> None:
 )
 def test_a_damaged_model_is_said_to_be_one(bias: Any, expected: Any) -> None:
     """Where no token is left to draw the weights are to blame, or a bias, which is named."""
-    sound = make_checkpoint()
+    sound = make_checkpoint(LETTERS)
     nothing = np.full(LETTERS.vocabulary_size, -np.inf, np.float32)
     tensors = {**sound.tensors, "output.bias": nothing}
     order = make_order(logit_bias=bias, precision="float32")

@@ -9,9 +9,10 @@ import pytest
 from flask import Flask, Response
 
 from service import logs
+from service.errors import Problem
 from service.settings import Settings
 from service.web.app import create_app
-from service.web.context import exchange
+from service.web.context import Exchange, exchange
 from service.web.journal import Journal
 
 SCRIPTED = runpy.run_path(str(Path(__file__).parent / "scripted_link.py"))
@@ -238,3 +239,31 @@ def test_who_is_turned_away_is_told_by_address(
     (line,) = answered(capsys)
     assert line["status"] == 401
     assert line["owner"] == "addr:127.0.0.1"
+
+
+# What the server answers by itself
+
+
+def test_an_answer_below_the_application_is_told_alike(
+    link: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A request that no route ever sees has its line and its count too, by the id of its answer."""
+    settings = Settings(log_format="json")
+    logs.configure(settings)
+    journal = Journal(settings, link, clock=lambda: 5.0)
+    problem = Problem(status=400, type="invalid_request_error", code="bad_request", message="No.")
+    journal.note(Exchange(id="req_1", began=3.5), "G\x01T", problem)
+    (line,) = answered(capsys)
+    del line["timestamp"], line["pid"]
+    assert line == {
+        "event": "answered",
+        "level": "info",
+        "logger": "service.http",
+        "method": "OTHER",
+        "route": "unknown",
+        "status": 400,
+        "seconds": 1.5,
+        "id": "req_1",
+        "code": "bad_request",
+    }
+    assert link.tallies == [("unknown", "OTHER", 400, 1.5)]

@@ -10,7 +10,7 @@ import pytest
 
 import service
 from charloom.errors import OptionError
-from service.launch import ENGINE_SETTINGS, ensure_engine, socket_path
+from service.launch import ENGINE_SETTINGS, engine_digest, ensure_engine, socket_path
 from service.settings import Settings
 
 
@@ -39,6 +39,17 @@ def test_other_settings_have_another_engine(folder: Path) -> None:
     path = socket_path(Settings(models=folder))
     assert path == socket_path(Settings(models=folder, host="::1", port=9000, keys="a=secret"))
     assert path != socket_path(Settings(models=folder, rows=8))
+
+
+def test_a_named_socket_is_for_one_engine(folder: Path) -> None:
+    """What the path does not tell apart the digest does: settings of the engine and its models."""
+    settings = Settings(models=folder, socket=folder / "engine.sock")
+    digest = engine_digest(settings)
+    assert digest == engine_digest(Settings(models=folder, port=9000))
+    for changes in ({"rows": 8}, {"models": folder.parent}, {"requests_per_minute": 5}):
+        other = settings.model_copy(update=changes)
+        assert socket_path(other) == socket_path(settings)
+        assert engine_digest(other) != digest
 
 
 def test_every_setting_of_the_engine_tells_engines_apart() -> None:

@@ -66,14 +66,16 @@ PIDS = itertools.count(1)
 class Wire:
     """The engine's end of one connection, greeted."""
 
-    def __init__(self, sock: socket.socket, *, version: int, pid: int | None) -> None:
+    def __init__(
+        self, sock: socket.socket, *, version: int, pid: int | None, settings: str
+    ) -> None:
         self._socket = sock
         self._socket.settimeout(WAIT)
         self._reader: FrameReader[FromWorker] = FrameReader(FromWorker)
         self._messages: list[FromWorker] = []
         self.hello = self.receive(Hello)
         self.pid = next(PIDS) if pid is None else pid
-        self.send(Welcome(version=version, pid=self.pid))
+        self.send(Welcome(version=version, pid=self.pid, settings=settings))
 
     def receive(self, kind: type[M]) -> M:
         """Give the worker's next message, which is of this kind."""
@@ -132,9 +134,9 @@ class Engine:
         self._listener.bind(os.fspath(path))
         self._listener.listen()
 
-    def meet(self, *, version: int = VERSION, pid: int | None = None) -> Wire:
+    def meet(self, *, version: int = VERSION, pid: int | None = None, settings: str = "") -> Wire:
         """Wait for the next connection and greet it."""
-        wire = Wire(self.accept(), version=version, pid=pid)
+        wire = Wire(self.accept(), version=version, pid=pid, settings=settings)
         self.wires.append(wire)
         return wire
 
@@ -807,6 +809,23 @@ def test_an_engine_of_another_version_is_none(
     assert problem_of(future).code == "engine_unavailable"
     assert wire.hello.version == VERSION
     assert any(record.levelname == "ERROR" for record in caplog.records)
+
+
+def test_an_engine_of_other_settings_is_none(
+    dial: Callable[..., Link], engine: Engine, later: Later, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker joins no other service's engine, and one line says what to set."""
+    meetings: list[Future[Wire]] = []
+    link = dial(
+        patience=1.0,
+        settings=lambda: "mine",
+        start=lambda: meetings.append(later(engine.meet, settings="another's")),
+    )
+    assert problem_of(later(ask_status, link)).code == "engine_unavailable"
+    assert {meeting.result(WAIT).hello.settings for meeting in meetings} == {"mine"}
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "another service's, of other settings, models or version" in line
+    assert "set CHARLOOM_SOCKET to a path of this service's own, or stop that one" in line
 
 
 # Questions and tallies

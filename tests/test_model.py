@@ -1,4 +1,5 @@
 import itertools
+import runpy
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,9 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 import charloom
-from charloom.architecture import Architecture
 from charloom.cell import Floats, Network, State
-from charloom.checkpoint import Checkpoint, ModelWriter
+from charloom.checkpoint import Checkpoint
 from charloom.decoding.decoder import choose_kernel
 from charloom.decoding.draws import uniforms
 from charloom.decoding.request import Handle, Prompt, Request
@@ -29,6 +29,7 @@ from charloom.model import Model, Stream
 from charloom.params import CHOICE_LIMIT, SEED_LIMIT, Precision, SamplingParams
 from charloom.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
 
+TINY = runpy.run_path(str(Path(__file__).parent / "tiny_model.py"))
 LETTERS = CharacterTokenizer("abcdefgh ")
 
 
@@ -40,30 +41,13 @@ def make_checkpoint(
     tensors: Mapping[str, Floats] | None = None,
 ) -> Checkpoint:
     """A tiny random LSTM, wide enough in its weights that its texts vary."""
-    architecture = Architecture(
-        cell="lstm", vocabulary=tokenizer.vocabulary_size, embedding=12, hidden=16, layers=2
-    )
-    rng = np.random.default_rng(0)
-    counts = np.ones(tokenizer.vocabulary_size, np.int64)
+    found: Checkpoint = TINY["make_checkpoint"](tokenizer, documents, hidden=16, seed=0)
     if token_counts is not None:
-        counts[:] = 0
+        counts = np.zeros(tokenizer.vocabulary_size, np.int64)
         for character, count in token_counts.items():
             counts[tokenizer.encode(character)] = count
-    return Checkpoint(
-        path=Path("memory"),
-        architecture=architecture,
-        tokenizer=tokenizer,
-        tensors={
-            name: rng.uniform(-1, 1, shape).astype(np.float32)
-            for name, shape in architecture.tensor_shapes().items()
-        }
-        if tensors is None
-        else tensors,
-        token_counts=counts,
-        documents=documents,
-        summary={},
-        fingerprint="0" * 64,
-    )
+        found = replace(found, token_counts=counts)
+    return found if tensors is None else replace(found, tensors=tensors)
 
 
 class ScriptedDecoder:
@@ -645,16 +629,7 @@ def test_threads_may_share_a_model() -> None:
 def test_a_saved_model_writes_what_it_wrote_in_memory(tmp_path: Path) -> None:
     """Loading a folder, given as text or path, gives the same texts."""
     checkpoint = make_checkpoint(documents="lines")
-    with ModelWriter(tmp_path / "tiny", mode="new") as writer:
-        writer.commit(
-            architecture=checkpoint.architecture,
-            tokenizer=checkpoint.tokenizer,
-            tensors=checkpoint.tensors,
-            token_counts=checkpoint.token_counts,
-            documents=checkpoint.documents,
-            summary={},
-            trainer=None,
-        )
+    TINY["save"](checkpoint, tmp_path / "tiny")
     expected = Model(checkpoint).generate("ab", seed=1, max_tokens=50)
     for path in (tmp_path / "tiny", str(tmp_path / "tiny")):
         model = charloom.load(path)

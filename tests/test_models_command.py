@@ -222,6 +222,20 @@ def test_remove_without_a_terminal_needs_yes(models: Path, run: Run) -> None:
     load(path)
 
 
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-"])
+def test_remove_with_standard_input_closed_needs_yes(
+    shell: Callable[..., "subprocess.CompletedProcess[bytes]"], models: Path, closed: str
+) -> None:
+    """Nobody can be asked there either, which is a sentence."""
+    path = save(models / "demo")
+    result = shell(models, f"models remove demo {closed}")
+    assert result.returncode == 2
+    assert result.stderr.decode() == (
+        f"Removing {path} needs --yes where there is no terminal to ask on.\n"
+    )
+    load(path)
+
+
 def test_remove_tells_what_stays(models: Path, run: Run) -> None:
     """A folder that holds files of others is kept, and the remark says so."""
     path = save(models / "demo")

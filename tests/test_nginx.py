@@ -155,6 +155,13 @@ def test_a_forwarded_address_cannot_be_claimed(proxy: Proxy) -> None:
     assert (status, body) == (200, b"unix:")
 
 
+def test_a_client_that_names_no_host_is_passed_on_with_one(proxy: Proxy) -> None:
+    """HTTP/1.0 needs none, and nginx speaks HTTP/1.1 to the service, which does."""
+    with proxy.connect() as client:
+        client.sendall(b"GET /host HTTP/1.0\r\n\r\n")
+        assert b"".join(iter(lambda: client.recv(65536), b"")).endswith(b"\r\n\r\ncharloom")
+
+
 def test_metrics_stay_inside(proxy: Proxy) -> None:
     """Who comes through the front door gets no numbers."""
     status, _, _ = proxy.ask("/metrics")

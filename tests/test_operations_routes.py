@@ -55,6 +55,7 @@ def test_a_service_that_takes_requests_is_ready(client: Any, link: Any) -> None:
     [
         ({"step_age": 5.0}, "engine_stalled"),
         ({"models": 0}, "no_models"),
+        ({"can_count": False}, "limits_unavailable"),
         ({"waiting": 8}, "queue_full"),
         ({"waiting": 9}, "queue_full"),
     ],

@@ -1,3 +1,4 @@
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from charloom.errors import OptionError
-from service.engine.quota import MINUTE, REST, MemoryWindows, Quota
+from service.engine.quota import LOOK_INTERVAL, MINUTE, REST, MemoryWindows, Quota
 from service.errors import Problem, RequestError
 
 
@@ -176,55 +177,143 @@ def test_a_storage_that_does_not_answer_admits_nobody(caplog: pytest.LogCaptureF
     assert "does not answer" in caplog.text
 
 
-def test_a_storage_that_failed_is_left_in_peace_for_a_second(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Neither who comes then nor who waits in line by then has to wait for the same refusal."""
-    now = [0.0]
-    works: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
-    answers: list[RequestError | None] = []
+class Remote(MemoryWindows):
+    """Counters elsewhere, which may be out of reach."""
 
-    def do_all() -> None:
-        for work, then in works:
+    is_reached = True
+    asked = 0
+
+    def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
+        """Answer, or give up."""
+        self.asked += 1
+        if not self.is_reached:
+            raise ConnectionError(f"{key} within {expiry} seconds")
+        return super().get_sliding_window(key, expiry)
+
+
+class Distance:
+    """A quota with such counters, whose other thread works when it is told to."""
+
+    def __init__(self, *, is_reached: bool = True) -> None:
+        self.now = 0.0
+        self.windows = Remote(lambda: self.now)
+        self.windows.is_reached = is_reached
+        self.works: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
+        self.quota = Quota(
+            "redis://nowhere",
+            100,
+            0,
+            lambda work, then: self.works.append((work, then)),
+            windows=self.windows,
+            clock=lambda: self.now,
+        )
+        self.codes: list[str | None] = []
+        """What the charges came to."""
+
+    def charge(self, owner: str = "a") -> None:
+        """Ask for a request's worth."""
+        self.quota.charge(
+            owner,
+            1,
+            lambda answer: self.codes.append(None if answer is None else answer.problem.code),
+        )
+
+    def work(self) -> None:
+        """Let the other thread do what there is to do."""
+        for work, then in self.works:
             try:
                 then(work())
             except ConnectionError as error:
                 then(error)
-        works.clear()
+        self.works.clear()
 
-    windows = Silent()
-    quota = Quota(
-        "redis://nowhere",
-        1,
-        0,
-        lambda work, then: works.append((work, then)),
-        windows=windows,
-        clock=lambda: now[0],
-    )
-    quota.charge("a", 1, answers.append)
-    quota.charge("b", 1, answers.append)
-    do_all()
-    quota.charge("c", 1, answers.append)
-    assert not works
-    assert windows.asked == 1
-    codes = [None if answer is None else answer.problem.code for answer in answers]
-    assert codes == ["limits_unavailable"] * 3
+
+def test_a_storage_that_failed_is_left_in_peace_for_a_second(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither who comes then nor who waits in line by then has to wait for the same refusal."""
+    distance = Distance(is_reached=False)
+    distance.charge("a")
+    distance.charge("b")
+    distance.work()
+    distance.charge("c")
+    assert not distance.works
+    assert distance.windows.asked == 1
+    assert distance.codes == ["limits_unavailable"] * 3
     assert caplog.text.count("does not answer") == 1
-    now[0] += REST
-    quota.charge("d", 1, answers.append)
-    do_all()
-    assert windows.asked == 2
+    distance.now += REST
+    distance.charge("d")
+    distance.work()
+    assert distance.windows.asked == 2
 
 
-class Silent(MemoryWindows):
-    """Counters elsewhere, from where nothing comes back."""
+def test_a_storage_is_away_or_not_as_the_last_request_found() -> None:
+    """Nothing is asked for the sake of telling it."""
+    distance = Distance()
+    for is_reached in (True, False, True):
+        distance.now += REST
+        distance.windows.is_reached = is_reached
+        distance.charge()
+        distance.work()
+        assert distance.quota.is_away is not is_reached
+    assert distance.codes == [None, "limits_unavailable", None]
 
-    asked = 0
 
-    def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        """Give up waiting."""
-        self.asked += 1
-        raise ConnectionError(f"{key} within {expiry} seconds")
+def test_a_storage_that_is_back_is_found_without_requests(caplog: pytest.LogCaptureFixture) -> None:
+    """While it is away it is looked at, once a second and one look at a time, and the log tells of
+    its going and coming alone.
+    """
+    caplog.set_level(logging.INFO, "charloom.engine")
+    distance = Distance(is_reached=False)
+    distance.charge()
+    distance.work()
+    for _ in range(3):
+        distance.quota.poll()
+        assert not distance.works, "it rests"
+        distance.now += REST
+        distance.quota.poll()
+        distance.now += REST
+        distance.quota.poll()
+        assert len(distance.works) == 1
+        distance.work()
+    assert distance.quota.is_away
+    distance.now += REST
+    distance.windows.is_reached = True
+    distance.quota.poll()
+    distance.work()
+    assert not distance.quota.is_away
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+def test_a_storage_of_which_nothing_was_heard_is_looked_at() -> None:
+    """At the start and after a while of silence, so that its loss is known before a request comes;
+    what requests find is as good.
+    """
+    distance = Distance()
+    distance.quota.poll()
+    distance.work()
+    assert distance.windows.asked == 1
+    distance.now += LOOK_INTERVAL - 1
+    distance.charge()
+    distance.work()
+    asked = distance.windows.asked
+    distance.now += LOOK_INTERVAL - 1
+    distance.quota.poll()
+    assert not distance.works
+    distance.now += 1
+    distance.windows.is_reached = False
+    distance.quota.poll()
+    distance.work()
+    assert distance.windows.asked == asked + 1
+    assert distance.quota.is_away
+
+
+@pytest.mark.parametrize(("uri", "requests"), [("memory://", 1), ("redis://nowhere", 0)])
+def test_a_storage_that_is_not_needed_is_not_looked_at(uri: str, requests: int) -> None:
+    """Neither the process's own counters nor some that nothing is counted by."""
+    quota = Quota(uri, requests, 0, never, windows=Remote())
+    quota.poll()
+    assert not quota.is_away
 
 
 @pytest.mark.parametrize("uri", ["nowhere://:secret@host", "no address secret"])

@@ -66,6 +66,19 @@ def test_reading_a_corpus_is_silent_where_there_is_no_terminal() -> None:
     assert stream.getvalue() == ""
 
 
+def test_a_closed_stream_is_told_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard error is None where the shell was told `2>&-`; the product gets no line instead."""
+    console = Console(None)
+
+    console.reading(5, 10)
+    console.start(0, 20, characters_per_token=2.0)
+    console.stepped(1, 20, 3.0, 100)
+    console.evaluated(LINE, 20)
+    console.stop()
+
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],

@@ -1,6 +1,7 @@
 """One promise on the real decoder, in both arithmetics: the same request gives the same bytes."""
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from charloom.architecture import Architecture, Cell
-from charloom.checkpoint import Checkpoint, ModelWriter
+from charloom.checkpoint import Checkpoint
 from charloom.cli import main
 from charloom.cli.judgements import judgements
 from charloom.decoding.decoder import GraphDecoder, Kernel, choose_kernel
@@ -29,6 +30,7 @@ from charloom.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
 
 pytestmark = pytest.mark.slow
 
+save = runpy.run_path(str(Path(__file__).parent / "tiny_model.py"))["save"]
 LETTERS = "abcdefgh \n"
 
 CROWD = 64
@@ -360,26 +362,11 @@ def test_asked_from_many_threads_at_the_same_time(kind: str) -> None:
     assert together == [ask_alone(kind, one) for one in asked]
 
 
-def save(kind: str, folder: Path) -> None:
-    """Write a model's folder under a name of its own."""
-    checkpoint = make_checkpoint(kind)
-    with ModelWriter(folder / "tiny", mode="new") as writer:
-        writer.commit(
-            architecture=checkpoint.architecture,
-            tokenizer=checkpoint.tokenizer,
-            tensors=checkpoint.tensors,
-            token_counts=checkpoint.token_counts,
-            documents=checkpoint.documents,
-            summary={},
-            trainer=None,
-        )
-
-
 @everywhere
 @of_all_kinds
 def test_asked_on_the_command_line(kind: str, precision: Precise, tmp_path: Path) -> None:
     """A process of its own, with another number of threads, writes what Python gives."""
-    save(kind, tmp_path)
+    save(make_checkpoint(kind), tmp_path / "tiny")
     prompts = ["", "abc", "a b c d e f g h " * 40, "hgf"]
     options = {"max-tokens": "60", "temperature": "0.9", "top-p": "0.95", "seed": "12345"}
     options |= {"repetition-penalty": "1.1", "logprobs": "2", "precision": precision}
@@ -418,7 +405,7 @@ def test_asked_on_the_command_line(kind: str, precision: Precise, tmp_path: Path
 def test_ten_thousand_choices_come_in_order(tmp_path: Path) -> None:
     """`-n 10000 --json` writes every choice at its index, as `generate` gives it."""
     kind, count = "lstm of characters", 10_000
-    save(kind, tmp_path)
+    save(make_checkpoint(kind), tmp_path / "tiny")
     options = ["--seed", "7", "--max-tokens", "3", "-n", str(count), "--json"]
     result = CliRunner().invoke(main, ["--models", str(tmp_path), "sample", "tiny", "ab", *options])
     lines = [json.loads(line) for line in result.stdout.splitlines()]

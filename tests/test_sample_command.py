@@ -7,13 +7,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import charloom
-from charloom.architecture import Architecture
-from charloom.checkpoint import ModelWriter
 from charloom.cli import main
 from charloom.model import Model
 from charloom.params import SamplingParams
@@ -22,29 +19,14 @@ from charloom.tokenizer import CharacterTokenizer
 TOKENIZER = CharacterTokenizer("abcdefgh \n\r\t\0\x1b[m春眠")
 
 Run = Callable[..., Result]
+Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]) -> Path:
     """A models folder with one tiny random model."""
     folder = tmp_path_factory.mktemp("models")
-    architecture = Architecture(
-        cell="lstm", vocabulary=TOKENIZER.vocabulary_size, embedding=8, hidden=16, layers=1
-    )
-    rng = np.random.default_rng(0)
-    with ModelWriter(folder / "tiny", mode="new") as writer:
-        writer.commit(
-            architecture=architecture,
-            tokenizer=TOKENIZER,
-            tensors={
-                name: rng.uniform(-1, 1, shape).astype(np.float32)
-                for name, shape in architecture.tensor_shapes().items()
-            },
-            token_counts=np.ones(TOKENIZER.vocabulary_size, np.int64),
-            documents="none",
-            summary={},
-            trainer=None,
-        )
+    write_model(folder / "tiny", tokenizer=TOKENIZER)
     return folder
 
 
@@ -68,21 +50,11 @@ def run(models: Path) -> Run:
 
 def sample_process(models: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Run `charloom sample tiny ...` as a process of its own."""
-    program = "from charloom.cli import main; main(prog_name='charloom')"
     return subprocess.Popen(
-        [sys.executable, "-c", program, "--models", str(models), "sample", "tiny", *arguments],
+        [sys.executable, "-m", "charloom", "--models", str(models), "sample", "tiny", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )
-
-
-def run_redirected(models: Path, arguments: str) -> "subprocess.CompletedProcess[bytes]":
-    """Run `charloom ...` as a shell does that is given these words."""
-    program = "from charloom.cli import main; main(prog_name='charloom')"
-    command = [sys.executable, "-c", program, "--models", str(models)]
-    return subprocess.run(
-        ["sh", "-c", f'"$@" {arguments}', "sh", *command], capture_output=True, check=False
     )
 
 
@@ -91,9 +63,8 @@ def show(models: Path, *arguments: str, is_piped: bool = True) -> tuple[bytes | 
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 120))  # in none there is no room for a bar
-    program = "from charloom.cli import main; main(prog_name='charloom')"
     with subprocess.Popen(
-        [sys.executable, "-c", program, "--models", str(models), "sample", "tiny", *arguments],
+        [sys.executable, "-m", "charloom", "--models", str(models), "sample", "tiny", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if is_piped else terminal,
         stderr=terminal,
@@ -241,10 +212,9 @@ def test_a_reader_that_leaves_ends_the_writing_quietly(models: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_a_full_disk_is_a_sentence(models: Path) -> None:
     """Output that cannot be written ends with status 2 and the cause."""
-    program = "from charloom.cli import main; main(prog_name='charloom')"
     with Path("/dev/full").open("wb") as full:
         result = subprocess.run(
-            [sys.executable, "-c", program, "--models", str(models), "sample", "tiny", "a"],
+            [sys.executable, "-m", "charloom", "--models", str(models), "sample", "tiny", "a"],
             stdout=full,
             stderr=subprocess.PIPE,
             check=False,
@@ -256,7 +226,7 @@ def test_a_full_disk_is_a_sentence(models: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("words", "sentence"),
     [
         ("sample tiny abc >&-", "Standard output is closed; send it somewhere, such as > FILE.\n"),
         (
@@ -267,25 +237,33 @@ def test_a_full_disk_is_a_sentence(models: Path) -> None:
             "sample tiny --prompt-file - <&-",
             "Standard input is closed; give it a text, such as < FILE.\n",
         ),
+        (
+            "sample tiny --interactive 0>/dev/null",
+            "Standard input cannot be read: Bad file descriptor; give it a text, such as < FILE.\n",
+        ),
+        (
+            "score tiny 0>/dev/null",
+            "standard input cannot be read: Bad file descriptor; give a readable file.\n",
+        ),
     ],
 )
 def test_a_closed_standard_stream_is_a_sentence(
-    models: Path, arguments: str, sentence: str
+    shell: Shell, models: Path, words: str, sentence: str
 ) -> None:
     """No traceback; status 2."""
-    result = run_redirected(models, arguments)
+    result = shell(models, words)
     assert (result.returncode, result.stdout, result.stderr) == (2, b"", sentence.encode())
 
 
-def test_a_closed_standard_output_stops_no_other_command(models: Path) -> None:
+def test_a_closed_standard_output_stops_no_other_command(shell: Shell, models: Path) -> None:
     """Most tell there only what they have done."""
-    result = run_redirected(models, "models list >&-")
+    result = shell(models, "models list >&-")
     assert (result.returncode, result.stderr) == (0, b"")
 
 
-def test_a_closed_standard_error_stops_no_text(models: Path) -> None:
+def test_a_closed_standard_error_stops_no_text(shell: Shell, models: Path) -> None:
     """What has nowhere to be shown is not shown."""
-    result = run_redirected(models, "sample tiny abc -n 2 --max-tokens 1 2>&-")
+    result = shell(models, "sample tiny abc -n 2 --max-tokens 1 2>&-")
     assert result.returncode == 0
     assert result.stdout.count(b"abc") == 2
 
@@ -483,6 +461,32 @@ def test_interactive_takes_lines_of_windows(run: Run) -> None:
     assert run(*options, input=b"a\rb\r\r\n").stdout_bytes.startswith(b"a\rb\r")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt_file(run: Run, tmp_path: Path) -> None:
+    """At the very start it belongs to the encoding, of a file as of standard input."""
+    path = tmp_path / "prompt.txt"
+    path.write_bytes("\ufeffab".encode())
+    options = ("--seed", "2", "--max-tokens", "9")
+    plain = run("ab", *options).stdout_bytes
+    assert run("--prompt-file", str(path), *options).stdout_bytes == plain
+    assert run("--prompt-file", "-", *options, input=path.read_bytes()).stdout_bytes == plain
+
+
+def test_a_second_byte_order_mark_is_part_of_the_prompt(run: Run) -> None:
+    """Only the first character of a file can be one; this model has no token for another."""
+    result = run("--prompt-file", "-", input="\ufeff\ufeffab")
+    assert result.exit_code == 2
+    assert "U+FEFF" in result.stderr
+    assert "position 0" in result.stderr
+
+
+def test_interactive_leaves_a_byte_order_mark_out(run: Run) -> None:
+    """The first line is read without it, and it alone: further on it is a character."""
+    options = ("--interactive", "--seed", "2", "--max-tokens", "9")
+    result = run(*options, input="\ufeffab\nc\n")
+    assert result.stdout_bytes == run(*options, input="ab\nc\n").stdout_bytes
+    assert "U+FEFF" in run(*options, input="ab\n\ufeffc\n").stderr
+
+
 def test_interactive_json_is_a_line_per_prompt(run: Run) -> None:
     """A file of prompts becomes a file of texts."""
     result = run("--interactive", "--json", "--max-tokens", "4", input="a\nb\n")
@@ -501,10 +505,9 @@ def test_interactive_on_a_terminal(models: Path) -> None:
     """The prompt mark goes to standard error, a bad line is told and asked again, Ctrl-D ends."""
     pty = pytest.importorskip("pty")
     controller, terminal = pty.openpty()
-    program = "from charloom.cli import main; main(prog_name='charloom')"
     arguments = ["--models", str(models), "sample", "tiny", "--interactive"]
     with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments, "--seed", "0", "--max-tokens", "1"],
+        [sys.executable, "-m", "charloom", *arguments, "--seed", "0", "--max-tokens", "1"],
         stdin=terminal,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -520,19 +523,19 @@ def test_interactive_on_a_terminal(models: Path) -> None:
     assert "U+00E9" in stderr.decode()
 
 
-def test_progress_is_shown_on_a_terminal(models: Path) -> None:
+def test_progress_is_shown_on_a_terminal(shell: Shell, models: Path) -> None:
     """Texts that go elsewhere are counted there, with their characters, and stay the same."""
     options = ("a", "-n", "3", "--max-tokens", "4", "--seed", "1")
     stdout, shown = show(models, *options)
-    assert stdout == run_redirected(models, f"sample tiny {' '.join(options)}").stdout
+    assert stdout == shell(models, "sample tiny", *options).stdout
     assert "3/3" in shown
     assert "12 characters" in shown
 
 
-def test_progress_is_shown_only_where_there_is_some_to_see(models: Path) -> None:
+def test_progress_is_shown_only_where_there_is_some_to_see(shell: Shell, models: Path) -> None:
     """Not for one text, not among texts on the same terminal, and not where there is none."""
     options = ("--max-tokens", "4", "--seed", "1", "--json")
     one, several = ("a", "-n", "1", *options), ("a", "-n", "3", *options)
     assert "/1" not in show(models, *one)[1]
     assert "/3" not in show(models, *several, is_piped=False)[1]
-    assert run_redirected(models, f"sample tiny {' '.join(several)}").stderr == b""
+    assert shell(models, "sample tiny", *several).stderr == b""

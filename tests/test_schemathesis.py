@@ -72,12 +72,12 @@ SMALL = {"CHARLOOM_WORK": "3000", "CHARLOOM_STREAM_INTERVAL": "0"}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., Path]) -> Path:
     """A model of bytes, named as in the document's examples: any text can be put to it, and it
     writes parts of characters and ends of documents.
     """
     folder = tmp_path_factory.mktemp("models")
-    RUNNING["write_model"](folder / "demo", tokenizer=ByteTokenizer(), documents="lines")
+    write_model(folder / "demo", tokenizer=ByteTokenizer(), documents="lines")
     return folder
 
 

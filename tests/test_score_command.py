@@ -3,6 +3,7 @@ import math
 import os
 import re
 import resource
+import runpy
 import subprocess
 import sys
 import threading
@@ -11,17 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import charloom
-from charloom.architecture import Architecture
-from charloom.checkpoint import ModelWriter
 from charloom.cli import main
 from charloom.model import Model
 from charloom.tokenizer import CharacterTokenizer
 
+TINY = runpy.run_path(str(Path(__file__).parent / "tiny_model.py"))
 TOKENIZER = CharacterTokenizer("abcdefgh \n\r\t春")
 
 Run = Callable[..., Result]
@@ -33,25 +32,8 @@ PROGRAM = "from charloom.cli import main; main(prog_name='charloom')"
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with a random model of plain text and one of documents."""
     folder = tmp_path_factory.mktemp("models")
-    architecture = Architecture(
-        cell="gru", vocabulary=TOKENIZER.vocabulary_size, embedding=8, hidden=16, layers=1
-    )
-    rng = np.random.default_rng(0)
-    tensors = {
-        name: rng.uniform(-1, 1, shape).astype(np.float32)
-        for name, shape in architecture.tensor_shapes().items()
-    }
     for name, documents in (("plain", "none"), ("lines", "lines")):
-        with ModelWriter(folder / name, mode="new") as writer:
-            writer.commit(
-                architecture=architecture,
-                tokenizer=TOKENIZER,
-                tensors=tensors,
-                token_counts=np.ones(TOKENIZER.vocabulary_size, np.int64),
-                documents=documents,
-                summary={},
-                trainer=None,
-            )
+        TINY["save"](TINY["make_checkpoint"](TOKENIZER, documents, cell="gru"), folder / name)
     return folder
 
 

@@ -1,4 +1,5 @@
 import math
+import runpy
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -12,64 +13,24 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from charloom import scoring
-from charloom.architecture import Architecture, Cell
+from charloom.architecture import Cell
 from charloom.cell import Network
 from charloom.checkpoint import Checkpoint
 from charloom.decoding.request import Handle, Piece
 from charloom.errors import ModelError, OptionError, UnknownTextError
 from charloom.model import Model
 from charloom.scoring import Score
-from charloom.tokenizer import (
-    ByteTokenizer,
-    CharacterTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
 
-LETTERS = CharacterTokenizer("abcdefgh \n春")
+TINY = runpy.run_path(str(Path(__file__).parent / "tiny_model.py"))
+LETTERS = TINY["LETTERS"]
 CODE_POINTS = 0x110000
-
-
-@cache
-def pieces_tokenizer() -> Tokenizer:
-    """Pieces of several characters, with bytes beneath them."""
-    lines = ["the cat sat on the mat", "the dog and the cat", "a hat that the cat sat on"]
-    return SentencePieceTokenizer.train(
-        ["\n".join(lines * 20)], model_type="unigram", vocabulary_size=275
-    )
-
-
-def make_tokenizer(kind: str) -> Tokenizer:
-    """One tokenizer of each kind."""
-    return {"characters": lambda: LETTERS, "bytes": ByteTokenizer, "pieces": pieces_tokenizer}[
-        kind
-    ]()
 
 
 @cache
 def make_model(kind: str = "characters", documents: str = "none", cell: Cell = "lstm") -> Model:
     """A small random network whose predictions are far from even."""
-    tokenizer = make_tokenizer(kind)
-    architecture = Architecture(
-        cell=cell, vocabulary=tokenizer.vocabulary_size, embedding=12, hidden=24, layers=2
-    )
-    rng = np.random.default_rng(3)
-    return Model(
-        Checkpoint(
-            path=Path("memory"),
-            architecture=architecture,
-            tokenizer=tokenizer,
-            tensors={
-                name: rng.uniform(-1, 1, shape).astype(np.float32)
-                for name, shape in architecture.tensor_shapes().items()
-            },
-            token_counts=np.ones(tokenizer.vocabulary_size, np.int64),
-            documents=documents,
-            summary={},
-            fingerprint="0" * 64,
-        ),
-        threads=1,
-    )
+    checkpoint = TINY["make_checkpoint"](TINY["make_tokenizer"](kind), documents, cell=cell)
+    return Model(checkpoint, threads=1)
 
 
 def plain_loop(model: Model, tokens: NDArray[np.int32]) -> NDArray[np.float64]:

@@ -21,13 +21,6 @@ BYTES = ByteTokenizer()
 BYTE_ALPHABET = Alphabet(BYTES, documents=True)
 
 
-@pytest.fixture(scope="session")
-def pieces() -> SentencePieceTokenizer:
-    """A vocabulary of pieces with the 256 bytes beneath them."""
-    text = "the cat and the hat sat on the mat\nand then they ran\n" * 20
-    return SentencePieceTokenizer.train([text], model_type="bpe", vocabulary_size=300)
-
-
 def begin(
     tokenizer: Tokenizer = LETTERS,
     *,

@@ -2,6 +2,7 @@ import http.client
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import socket
@@ -22,6 +23,7 @@ from service.settings import Settings, variable
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
+RUNNING = runpy.run_path(str(Path(__file__).parent / "running_service.py"))
 
 PATIENCE = 60
 """Seconds that a start or an end may take on a busy machine."""
@@ -81,13 +83,7 @@ class Served:
 
     def family(self) -> list[int]:
         """The numbers of all its processes."""
-        members = [self.process.pid]
-        for member in members:
-            try:
-                for task in Path(f"/proc/{member}/task").iterdir():
-                    members += map(int, (task / "children").read_text().split())
-            except OSError:
-                continue  # ended meanwhile
+        members: list[int] = RUNNING["family"](self.process.pid)
         return sorted(members)
 
     def wait_for_family(self, size: int, *others: int) -> list[int]:
@@ -153,6 +149,20 @@ def test_wrong_options_and_settings_are_told_together(models: Path) -> None:
         "--workers is '0'; give a whole number from 1 to 64.\n"
         "CHARLOOM_ROWS is 'none'; give a whole number from 1 to 4096.\n"
     )
+
+
+def test_wrong_folders_and_keys_are_told_together(tmp_path: Path) -> None:
+    """So are those that only a look at them shows."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        options = ("--models", tmp_path / "nowhere", "--port", port)
+        result = invoke(*options, keys="nonsense", socket="/" + "a" * 200)
+    assert result.exit_code == 2
+    models, port_, key, path = result.stderr.splitlines()
+    assert str(tmp_path / "nowhere") in models
+    assert f"port {port}" in port_
+    assert "Entry 1 of CHARLOOM_KEYS is not NAME=KEY" in key
+    assert "CHARLOOM_SOCKET" in path
 
 
 def test_a_missing_folder_of_models_is_named(tmp_path: Path) -> None:
@@ -266,6 +276,33 @@ def test_structured_logs_hold_nothing_else(models: Path) -> None:
         assert served.end() == 0
     events = [json.loads(line)["event"] for line in served.lines]
     assert any("Serving" in event for event in events)
+
+
+def test_what_is_no_request_is_logged_and_counted(models: Path) -> None:
+    """An answer that the server gives by itself is in log and metrics like those of the routes."""
+    answers = {
+        (400, "bad_request"): b"GET /\x01 HTTP/1.1\r\n\r\n",
+        (408, "request_timeout"): b"GET / HTTP/1.1\r\n",
+        (414, "request_line_too_long"): b"GET /" + b"x" * 5000 + b" HTTP/1.1\r\n\r\n",
+        (417, "expectation_failed"): b"GET / HTTP/1.1\r\nExpect: a miracle\r\n\r\n",
+        (431, "headers_too_large"): b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000,
+        (501, "transfer_coding_unsupported"): b"GET / HTTP/1.1\r\nTransfer-Encoding: x\r\n\r\n",
+    }
+    with serving(models, receive_timeout="0.5") as served:
+        for (status, code), request in answers.items():
+            with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as client:
+                client.sendall(request)
+                answer = b"".join(iter(lambda: client.recv(65536), b"")).decode()
+            name = re.search(r"x-request-id: (\S+)", answer)
+            assert name is not None
+            served.wait_for(
+                rf"service\.http answered method=OTHER route=unknown status={status} "
+                rf"seconds=\S+ id={name[1]} code={code} "
+            )
+        counted = served.get("/metrics")[1]
+    for status, _ in answers:
+        labels = f'method="OTHER",route="unknown",status="{status}"'
+        assert f"charloom_http_answers_total{{{labels}}} 1.0" in counted
 
 
 # How it ends

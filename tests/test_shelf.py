@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import charloom
+from charloom import checkpoint
 from charloom.architecture import Architecture
 from charloom.checkpoint import ModelWriter, WriteMode, inspect_model, model_names
 from charloom.decoding.request import Prompt, Request
@@ -20,7 +21,7 @@ from charloom.model import Model
 from charloom.params import SamplingParams
 from charloom.tokenizer import CharacterTokenizer
 from service.engine import catalogue
-from service.engine.shelf import SCAN_INTERVAL, Served, Shelf
+from service.engine.shelf import SCAN_INTERVAL, SEEK_PAUSE, Served, Shelf
 from service.errors import RequestError
 from service.settings import Settings
 
@@ -119,9 +120,14 @@ class House:
         return found
 
     def settle(self) -> None:
-        """Wait for all that is being looked at and loaded."""
-        while self.shelf._scanning.pending or self.shelf._background.pending:
-            self.wait()
+        """Wait for all that is being looked at and loaded, or is to be looked at soon."""
+        while True:
+            if self.shelf._scanning.pending or self.shelf._background.pending:
+                self.wait()
+            elif self.shelf._seeking:
+                self.later(self.shelf.pause)
+            else:
+                return
 
     def wait(self) -> None:
         """Wait for the next thing that has been done in the background."""
@@ -430,6 +436,66 @@ def test_the_folder_is_looked_at_beside_the_loop(
     assert threading.current_thread() not in threads
 
 
+def test_unknown_names_share_a_look(
+    models: Path, open_house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood of them begins one every so often, and who asks for a new model meanwhile gets it."""
+    house = open_house()
+    looks = []
+    monkeypatch.setattr(
+        catalogue, "model_names", lambda folder: looks.append(folder) or model_names(folder)
+    )
+    first = house.ask("nobody")
+    house.later(0.0)
+    assert (len(first), len(looks)) == (1, 1)
+    flood = [house.ask(f"nobody-{number}") for number in range(50)]
+    save(models / "new")
+    new = house.ask("new")
+    house.later(SEEK_PAUSE / 2)
+    assert (sum(map(len, flood)), len(looks)) == (0, 1)
+    assert house.shelf.pause == pytest.approx(SEEK_PAUSE / 2)
+    house.later(SEEK_PAUSE / 2)
+    assert (sum(map(len, flood)), len(looks)) == (50, 2)
+    house.settle()
+    assert isinstance(new[0], Served)
+    assert len(looks) == 2
+
+
+def test_no_file_is_looked_at_in_the_loop(
+    models: Path, open_house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where a model is replaced while it is loaded, fails, or is removed: a slow disk would
+    hold up all texts.
+    """
+    threads: list[threading.Thread] = []
+
+    def note(look: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        return lambda path: threads.append(threading.current_thread()) or look(path)
+
+    def load(path: Path, _settings: Settings) -> Model:
+        if path.name != "fine":
+            save(path, seed=2, mode="overwrite")
+        if path.name == "late" and not tried:
+            tried.append(path)
+            raise CheckpointError("It was half there.")
+        if path.name == "removed":
+            shutil.rmtree(path)
+            raise CheckpointError("It has gone.")
+        return charloom.load(path)
+
+    tried: list[Path] = []
+    for name in ("fine", "replaced", "late", "removed"):
+        save(models / name)
+    house = open_house(open_model=load)
+    monkeypatch.setattr(checkpoint, "stamp", note(checkpoint.stamp))
+    monkeypatch.setattr(catalogue, "inspect_model", note(inspect_model))
+    for name in ("fine", "replaced", "late"):
+        assert house.load(name).name == name
+    assert house.refuse("removed").problem.status == 404
+    assert threads
+    assert threading.current_thread() not in threads
+
+
 def test_what_a_slow_look_has_not_seen_is_not_forgotten(
     models: Path, open_house: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,16 +556,18 @@ def test_a_replaced_model_is_loaded_before_it_is_asked_for(models: Path, open_ho
 
 def test_a_model_replaced_while_it_is_loaded_is_found_out(models: Path, open_house: Open) -> None:
     """Who waited gets the version that was read, and whoever comes later the last one."""
-    is_replaced = threading.Event()
+    is_begun, is_replaced = threading.Event(), threading.Event()
 
     def load_slowly(path: Path, _settings: Settings) -> Model:
         model = charloom.load(path)
+        is_begun.set()
         assert is_replaced.wait(timeout=60)
         return model
 
     first = save(models / "one", seed=1)
     house = open_house(open_model=load_slowly)
     found = house.ask("one")
+    assert is_begun.wait(timeout=60)
     second = save(models / "one", seed=2, mode="overwrite")
     is_replaced.set()
     house.settle()
@@ -568,16 +636,18 @@ def test_a_model_removed_while_it_is_loaded_is_refused(
     is_read: bool, models: Path, open_house: Open
 ) -> None:
     """Nobody gets what is gone, whether its files had been read by then or not."""
-    is_removed = threading.Event()
+    is_begun, is_removed = threading.Event(), threading.Event()
 
     def load_slowly(path: Path, _settings: Settings) -> Model:
         model = charloom.load(path) if is_read else None
+        is_begun.set()
         assert is_removed.wait(timeout=60)
         return charloom.load(path) if model is None else model
 
     save(models / "one")
     house = open_house(open_model=load_slowly)
     found = house.ask("one")
+    assert is_begun.wait(timeout=60)
     shutil.rmtree(models / "one")
     house.later()
     is_removed.set()

@@ -30,6 +30,7 @@ EAGER = (
 )
 
 Run = Callable[..., Result]
+Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
 @pytest.fixture
@@ -544,6 +545,41 @@ def test_a_full_standard_output_is_a_sentence(charloom: Run, text: Path, models:
 
     assert done.returncode == 2
     assert "Standard output cannot be written: No space left on device" in done.stderr
+
+
+def test_a_corpus_from_closed_standard_input_is_a_sentence(shell: Shell, models: Path) -> None:
+    """Nothing is left of the name."""
+    done = shell(models, "<&- train - --name m --steps 2", *SMALL)
+
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode() == "Standard input (-) is closed; give it a text, such as < FILE.\n"
+    assert not (models / "m").exists()
+
+
+def test_a_closed_standard_error_stops_neither_training_nor_evaluation(
+    shell: Shell, models: Path, text: Path
+) -> None:
+    """What has nowhere to be shown is not shown, and standard output is the product alone."""
+    trained = shell(models, "2>&- train --name m --steps 2", text, *SMALL)
+    evaluated = shell(models, "2>&- evaluate m --json --threads 1", text)
+
+    assert (trained.returncode, trained.stdout.decode()) == (0, f"{models / 'm'}\n")
+    assert evaluated.returncode == 0
+    assert set(json.loads(evaluated.stdout)) == {"windows", "stateful"}
+
+
+def test_an_evaluation_that_cannot_be_told_is_refused(
+    shell: Shell, charloom: Run, models: Path, text: Path
+) -> None:
+    """Closed standard output is a sentence before the text is read."""
+    charloom("train", text, "--name", "m", "--steps", 2, *SMALL)
+
+    done = shell(models, ">&- evaluate m", text)
+
+    assert done.returncode == 2
+    assert done.stderr.decode() == (
+        "Standard output is closed; send it somewhere, such as > FILE.\n"
+    )
 
 
 def test_a_prompt_that_is_no_text_is_a_sentence(charloom: Run, text: Path) -> None:

@@ -21,6 +21,7 @@ import click
 from tqdm import tqdm
 
 from charloom.checkpoint import ModelWriter, WriteMode, check_name, find_model
+from charloom.cli import is_watched, standard_output
 from charloom.cli.arithmetic import precision_option, threads_option
 from charloom.cli.context import Context
 from charloom.cli.options import flag, given, options_of
@@ -273,6 +274,7 @@ def evaluate(
     _attempt(problems, CorpusOptions, **reading)
     if problems:
         raise OptionError(problems)
+    standard_output()  # a measurement that nobody can be told is not begun
     loaded = load(find_model(model, models=context.models), threads=threads)
     options = CorpusOptions(**{"documents": loaded.checkpoint.documents, **reading})
     keep_freed_memory()
@@ -287,7 +289,7 @@ def evaluate(
         progress=console.reading,
     )
     scorer = loaded.scorer(precision=precision)
-    with tqdm(unit=" tokens", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(unit=" tokens", leave=False, disable=not is_watched()) as bar:
         losses = {
             protocol: appraise(
                 scorer, split, loaded.tokenizer, protocol=protocol, progress=bar.update

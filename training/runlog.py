@@ -23,11 +23,13 @@ class Console:
     """Progress on a text stream: a bar on a terminal, plain lines elsewhere.
 
     Losses come in nats per token and tokens as counts; they are shown per character, by the
-    corpus's own `characters_per_token`.
+    corpus's own `characters_per_token`. A stream that is None, as standard error is where it is
+    closed, is told nothing.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
+        self._is_terminal = stream is not None and stream.isatty()
         self._bar: tqdm[NoReturn] | None = None
         self._start = 0
         self._began = 0.0
@@ -39,12 +41,14 @@ class Console:
     def note(self, text: str) -> None:
         """Print whole lines, above the bar where there is one."""
         self._spoke = time.perf_counter()
+        if self._stream is None:
+            return
         tqdm.write(text, file=self._stream)
         self._stream.flush()
 
     def reading(self, done: int, total: int | None) -> None:
         """Show how many bytes of the corpus are read, on a terminal."""
-        if not self._stream.isatty():
+        if not self._is_terminal:
             return
         if self._bar is None:
             self._bar = tqdm(
@@ -65,7 +69,7 @@ class Console:
         self.stop()
         self._start, self._began = step, time.perf_counter()
         self._characters_per_token = characters_per_token
-        if self._stream.isatty():
+        if self._is_terminal:
             self._bar = tqdm(
                 total=steps,
                 initial=step,

@@ -44,6 +44,11 @@ def standard_output() -> BinaryIO:
     return sys.stdout.buffer
 
 
+def is_watched() -> bool:
+    """Whether standard error is a terminal, which it is not where it is closed, as by `2>&-`."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 class LazyCommand(click.Command):
     """Stands for a command until it runs; `extra` is what must be installed for it to import."""
 

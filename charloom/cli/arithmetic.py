@@ -18,5 +18,5 @@ precision_option = click.option(
 threads_option = click.option(
     "--threads",
     type=int,
-    help="Processor threads; they change no result.  [default: as many as there are]",
+    help="Processor threads; they change no result.  [default: as many as can run at once]",
 )

@@ -112,7 +112,8 @@ def remove(context: Context, names: tuple[str, ...], yes: bool) -> None:
     paths = list(dict.fromkeys(find_model(name, models=context.models) for name in names))
     if not yes:
         listed = ", ".join(_printable(str(path)) for path in paths)
-        if not sys.stdin.isatty():
+        # Either is None where the shell was told <&- or 2>&-.
+        if sys.stdin is None or sys.stderr is None or not sys.stdin.isatty():
             raise OptionError(
                 [f"Removing {listed} needs --yes where there is no terminal to ask on."]
             )

@@ -9,13 +9,14 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
 from charloom.checkpoint import find_model
-from charloom.cli import standard_input, standard_output
+from charloom.cli import is_watched, standard_input, standard_output
 from charloom.cli.arithmetic import threads_option
 from charloom.cli.context import Context
 from charloom.cli.judgements import judgements
@@ -23,6 +24,9 @@ from charloom.cli.options import options_of
 from charloom.errors import CharloomError, OptionError, UnknownTextError
 from charloom.model import Generation, Model, draw_seed, load
 from charloom.params import SamplingParams, thread_problems
+
+BYTE_ORDER_MARK = "\ufeff"
+"""Left out at the start of a file: it belongs to the encoding and not to the text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +43,8 @@ class Form:
 @click.option(
     "--prompt-file",
     metavar="FILE",
-    help="Read the prompt from a file, UTF-8, every byte of it; - is standard input.",
+    help="Read the prompt from a file, UTF-8, every byte of it but a byte order mark at its start; "
+    "- is standard input.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Write a JSON line per text, without the prompt."
@@ -50,7 +55,8 @@ class Form:
 @click.option(
     "--interactive",
     is_flag=True,
-    help="Take each line of standard input, without its LF or CRLF, as a prompt, until its end.",
+    help="Take each line of standard input, without its LF or CRLF, as a prompt, until its end; a "
+    "byte order mark at the start is left out.",
 )
 @options_of(SamplingParams)
 @threads_option
@@ -132,8 +138,7 @@ def _continue(model: Model, prompt: str, params: SamplingParams, form: Form) -> 
 
 def _watched(generations: Iterator[Generation], count: int) -> Iterator[Generation]:
     """The texts, with a bar on a terminal that they are not written to themselves."""
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    is_shown = count > 1 and is_terminal and not sys.stdout.isatty()
+    is_shown = count > 1 and is_watched() and not sys.stdout.isatty()
     # Not imported where there is nothing to show: it would be a tenth of the time to start.
     if not is_shown:
         yield from generations
@@ -186,7 +191,7 @@ def _read_prompt(path: str) -> str:
         raise CharloomError(
             f"The prompt file {source} cannot be read: {error.strerror}; give a readable file."
         ) from error
-    return _decode(data, source)
+    return _decode(data, source).removeprefix(BYTE_ORDER_MARK)
 
 
 def _decode(data: bytes, source: str) -> str:
@@ -202,15 +207,12 @@ def _decode(data: bytes, source: str) -> str:
 def _converse(model: Model, params: SamplingParams, form: Form) -> None:
     """Answer each line of standard input; a terminal may go on after one that cannot be encoded."""
     stdin = standard_input()
-    is_terminal = sys.stdin.isatty()
-    while True:
-        if is_terminal:
-            click.echo("> ", nl=False, err=True)
-        line = stdin.readline()
-        if not line:
-            break
+    is_terminal = stdin.isatty()
+    for number, line in enumerate(_read_lines(stdin, is_terminal=is_terminal)):
         try:
             prompt = _decode(line.removesuffix(b"\r\n").removesuffix(b"\n"), "this line")
+            if number == 0:
+                prompt = prompt.removeprefix(BYTE_ORDER_MARK)
             _continue(model, prompt, params, form)
         except UnknownTextError as error:
             if not is_terminal:
@@ -218,3 +220,19 @@ def _converse(model: Model, params: SamplingParams, form: Form) -> None:
             click.echo(str(error), err=True)
     if is_terminal:
         click.echo(err=True)  # Ctrl-D leaves the cursor behind the prompt
+
+
+def _read_lines(stdin: BufferedIOBase, *, is_terminal: bool) -> Iterator[bytes]:
+    """The lines of standard input, each with its end; a terminal is asked for each."""
+    while True:
+        if is_terminal:
+            click.echo("> ", nl=False, err=True)
+        try:
+            line = stdin.readline()
+        except OSError as error:
+            raise CharloomError(
+                f"Standard input cannot be read: {error.strerror}; give it a text, such as < FILE."
+            ) from error
+        if not line:
+            return
+        yield line

@@ -169,15 +169,15 @@ class Lines:
         self._file = file
 
     def __iter__(self) -> Iterator[str | None]:
-        if self._file == "-":
-            yield from self._decode(standard_input())
-            return
         try:
+            if self._file == "-":
+                yield from self._decode(standard_input())
+                return
             with Path(self._file).open("rb") as stream:
                 yield from self._decode(stream)
         except OSError as error:
             raise CharloomError(
-                f"{self._file} cannot be read: {error.strerror}; give a readable file."
+                f"{self.source} cannot be read: {error.strerror}; give a readable file."
             ) from error
 
     def _decode(self, stream: BufferedIOBase) -> Iterator[str | None]:

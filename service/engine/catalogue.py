@@ -8,6 +8,7 @@ loaded.
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +19,36 @@ from service.messages import ModelCard
 from service.settings import check_template
 
 _log = logging.getLogger("charloom.engine")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sight:
+    """What the folder of one model held at a look: a model, or why that is none, or neither."""
+
+    stamp: Stamp
+    entry: ModelEntry | None = None
+    problem: str | None = None
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is nothing that could be a model."""
+        return self.entry is None and self.problem is None
+
+
+def look(path: Path) -> Sight:
+    """Look at a model's folder, in any thread, since its disk may be slow."""
+    # Taken first: what changes while the folder is read is seen the next time.
+    stamp = checkpoint.stamp(path)
+    try:
+        check_name(path.name)
+        entry = inspect_model(path)
+    except ModelNameError as error:
+        return Sight(stamp=stamp, problem=str(error))
+    except ModelMissingError:
+        return Sight(stamp=stamp)
+    if entry.problem is not None:
+        return Sight(stamp=stamp, problem=entry.problem)
+    return Sight(stamp=stamp, entry=entry)
 
 
 class Catalogue:
@@ -77,7 +108,8 @@ class Catalogue:
         for name in {*self._entries, *self._broken}.difference(names):
             self._forget(name)
         for name in names:
-            self._look(name)
+            if self._stamps.get(name) != checkpoint.stamp(self.path(name)):
+                self._note(name, look(self.path(name)))
 
     def is_new(self, name: str) -> bool:
         """Whether only a fresh scan could tell of a model of this name."""
@@ -87,12 +119,11 @@ class Catalogue:
             return False
         return name not in self._entries and name not in self._broken
 
-    def renew(self, name: str) -> ModelEntry | None:
-        """A model that can be served, looked at now."""
+    def renew(self, name: str, sight: Sight) -> ModelEntry | None:
+        """A model that can be served, by a look that came after the last scan."""
         self.changes += 1
-        self._stamps.pop(name, None)
-        self._look(name)
-        return self._entries.get(name)
+        self._note(name, sight)
+        return sight.entry
 
     def reject(self, name: str, reason: str, stamp: Stamp) -> None:
         """Serve a model no more until its files, which had this stamp, change."""
@@ -106,27 +137,17 @@ class Catalogue:
         self._stamps[name] = stamp
         self._entries.pop(name, None)
 
-    def _look(self, name: str) -> None:
-        """Take note of what a folder holds, where that has changed."""
-        # Taken first: what changes while the folder is read is seen the next time.
-        stamp = checkpoint.stamp(self.path(name))
-        if self._stamps.get(name) == stamp:
-            return
-        try:
-            check_name(name)
-            entry = inspect_model(self.path(name))
-        except ModelNameError as error:
-            self._note_broken(name, str(error), stamp)
-        except ModelMissingError:
+    def _note(self, name: str, sight: Sight) -> None:
+        """Take over what was seen of a folder."""
+        if sight.problem is not None:
+            self._note_broken(name, sight.problem, sight.stamp)
+        elif sight.entry is None:
             self._forget(name)
         else:
-            if entry.problem is not None:
-                self._note_broken(name, entry.problem, stamp)
-                return
             if self._broken.pop(name, None) is not None:
                 _log.info("The model %r is sound again.", name)
-            self._entries[name] = entry
-            self._stamps[name] = stamp
+            self._entries[name] = sight.entry
+            self._stamps[name] = sight.stamp
 
     def _forget(self, name: str) -> None:
         for known in (self._entries, self._broken, self._stamps):

@@ -31,6 +31,7 @@ from service.engine.reception import Reception
 from service.engine.shelf import SCAN_INTERVAL, Shelf
 from service.engine.worker import Worker
 from service.frames import FrameError
+from service.launch import engine_digest
 from service.messages import (
     VERSION,
     Answer,
@@ -88,6 +89,7 @@ class EngineProcess:
         engines'. Raises `OptionError` for settings that cannot be used.
         """
         self._settings = settings
+        self._digest = engine_digest(settings)
         self._listener = listener
         self._restarts = restarts
         self._linger = linger
@@ -100,7 +102,7 @@ class EngineProcess:
         self._background = Background(self._wake)
         # Not the same threads: where Redis is silent, texts are encoded all the same.
         self._accounts = Background(self._wake)
-        quota = Quota(
+        self._quota = Quota(
             settings.limits_storage,
             settings.requests_per_minute,
             settings.tokens_per_minute,
@@ -116,7 +118,7 @@ class EngineProcess:
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._shelf = make_shelf(settings, wake=self._wake, clock=clock)
         self._reception = Reception(
-            settings, self._shelf, quota, self._background, self._metrics, clock
+            settings, self._shelf, self._quota, self._background, self._metrics, clock
         )
 
     @property
@@ -140,6 +142,7 @@ class EngineProcess:
         self._background.deliver()
         self._accounts.deliver()
         self._shelf.poll()
+        self._quota.poll()
         self._step()
         self._tell()
         for worker in [*self._workers]:
@@ -168,7 +171,7 @@ class EngineProcess:
     def _pause(self, timeout: float) -> float:
         """How long there may be nothing to do."""
         left = math.inf if self._workers else max(self._end - self._clock(), 0)
-        return min(timeout, SCAN_INTERVAL, left)
+        return min(timeout, SCAN_INTERVAL, self._shelf.pause, left)
 
     def _wake(self) -> None:
         """End the loop's sleep, from any thread."""
@@ -227,9 +230,12 @@ class EngineProcess:
             self._reception.ask(worker, message)
 
     def _greet(self, worker: Worker, hello: Hello) -> None:
-        """Tell a worker which protocol is spoken here; one of another version has to go."""
+        """Tell a worker what is spoken and gone by here; to whom that is nothing has to go."""
         worker.is_greeted, worker.pid = True, hello.pid
-        worker.send(Welcome(version=VERSION, pid=os.getpid()))
+        if hello.settings != self._digest:
+            # The folder's name may have become a link to another, where this engine reads too.
+            self._digest = engine_digest(self._settings)
+        worker.send(Welcome(version=VERSION, pid=os.getpid(), settings=self._digest))
         if hello.version != VERSION:
             _log.error(
                 "The worker %d speaks version %d of the protocol and this engine %d: restart the "
@@ -238,7 +244,9 @@ class EngineProcess:
                 hello.version,
                 VERSION,
             )
-            worker.connection.is_leaving = True
+        # Of other settings the worker's log tells, once; here there would be a line at each try.
+        worker.is_refused = hello.version != VERSION or hello.settings != self._digest
+        worker.connection.is_leaving = worker.is_refused
 
     def _part(self, worker: Worker) -> None:
         """Forget a worker; what it asked for is cancelled."""
@@ -247,7 +255,8 @@ class EngineProcess:
         del self._workers[worker]
         for ticket in [*worker.tickets.values()]:
             self._reception.cancel(ticket)
-        if worker.is_greeted:  # another only looked whether somebody listens
+        # Others only looked whether somebody listens, or try until this engine has gone.
+        if worker.is_greeted and not worker.is_refused:
             self._end = self._clock() + self._linger
 
     def _send(self, worker: Worker) -> None:
@@ -311,6 +320,7 @@ class EngineProcess:
             waiting=self._reception.waiting,
             queue=self._settings.queue,
             models=len(self._shelf.cards()),
+            can_count=not self._quota.is_away,
             step_age=self._clock() - self._looked_at,
         )
 

@@ -14,13 +14,16 @@ What a charge is refused with:
     429   the minute's budget is used up: wait
     400   the request alone is beyond a minute's budget: ask for less
     503   Redis does not answer, and what cannot be counted is not admitted
+
+A service that admits nobody must say so, though none comes to find it out, and nobody comes while
+it does. So a Redis that has said nothing for a while is looked at, in the background.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 from limits import RateLimitItemPerMinute
 from limits.errors import ConfigurationError
@@ -41,7 +44,12 @@ REST = 1.0
 same refusal.
 """
 
+LOOK_INTERVAL = 10.0
+"""Seconds after which Redis is looked at if no request has asked it; while it is away, `REST`."""
+
 _log = logging.getLogger("charloom.engine")
+
+Result = TypeVar("Result")
 
 Answer = Callable[[RequestError | None], None]
 """Is told None where the budget allowed it, else why not."""
@@ -138,7 +146,11 @@ class Quota:
         ]
         self._run_in_thread = run_in_thread
         self._clock = clock
+        self.is_away = False
+        """Whether the counters did not answer when they were asked last: nobody is admitted."""
         self._rests_until = -math.inf
+        self._next_look = -math.inf
+        self._is_looking = False
         self._is_local = storage_uri == MEMORY
         self._windows: Windows
         if windows is not None:
@@ -171,15 +183,42 @@ class Quota:
                 lambda: self._ask(owner, tokens), lambda answer: then(_explain(answer))
             )
 
+    def poll(self) -> None:
+        """Look at counters elsewhere of which nothing was heard for a while."""
+        if not self._limits or self._is_local or self._is_looking:
+            return
+        if self._clock() >= self._next_look:
+            self._is_looking = True
+            self._run_in_thread(self._look, self._looked)
+
+    def _look(self) -> None:
+        """Ask for what no request counts."""
+        self._hear(lambda: self._windows.get_sliding_window("CHARLOOM/look", MINUTE))
+
+    def _looked(self, _: object) -> None:
+        self._is_looking = False  # what came of it `_hear` has noted
+
     def _ask(self, owner: str, tokens: int) -> RequestError | None:
         """The same as `_take` where that may fail; whoever is next in line need not wait again."""
         if self._clock() < self._rests_until:
             return _silent()
+        return self._hear(lambda: self._take(owner, tokens))
+
+    def _hear(self, ask: Callable[[], Result]) -> Result:
+        """What the counters say, with a note of whether they do; in any thread."""
         try:
-            return self._take(owner, tokens)
-        except Exception:  # whatever the storage's client library raises
-            self._rests_until = self._clock() + REST
+            answer = ask()
+        except Exception as error:  # whatever the storage's client library raises
+            self._rests_until = self._next_look = self._clock() + REST
+            if not self.is_away:
+                _log.error("The storage of budgets does not answer.", exc_info=error)
+            self.is_away = True
             raise
+        self._next_look = self._clock() + LOOK_INTERVAL
+        if self.is_away:
+            _log.warning("The storage of budgets answers again.")
+        self.is_away = False
+        return answer
 
     def _take(self, owner: str, tokens: int) -> RequestError | None:
         """Look at all limits before anything is counted, so that a refusal costs nothing."""
@@ -212,10 +251,7 @@ def _wait(
 
 def _explain(answer: RequestError | Exception | None) -> RequestError | None:
     """The answer of a storage that may have failed, with whatever its client library raises."""
-    if answer is None or isinstance(answer, RequestError):
-        return answer
-    _log.error("The storage of budgets does not answer.", exc_info=answer)
-    return _silent()
+    return answer if answer is None or isinstance(answer, RequestError) else _silent()
 
 
 def _silent() -> RequestError:

@@ -8,9 +8,10 @@ Models stay as long as they fit the bytes they may take together. Then those go 
 the one used least recently first. What does not fit beside models in use is refused for the moment,
 and what fits at no time is loaded where there is no other.
 
-All calls come from one thread. Loading takes tenths of a second and happens in another, one model
-at a time, and so does looking at the folder, whose disk may be slow; what they come to is taken
-over in `poll`. A name that the last look has not seen is refused after a fresh one.
+All calls come from one thread, which never touches the disk, as that may be slow. Loading takes
+tenths of a second and happens in another, one model at a time, and so does looking at the folder;
+what they come to is taken over in `poll`. A name that the last look has not seen is refused after a
+fresh one; names that nobody has heard of cannot keep the disk busy, as they share a look.
 """
 
 import logging
@@ -26,10 +27,11 @@ from charloom import checkpoint
 from charloom.checkpoint import ModelEntry, Stamp
 from charloom.decoding.decoder import choose_kernel
 from charloom.errors import CharloomError
-from charloom.model import Model, available_threads
+from charloom.model import Model
 from charloom.params import Precision
+from charloom.processors import available_threads
 from service.engine.background import Background
-from service.engine.catalogue import Catalogue, describe
+from service.engine.catalogue import Catalogue, Sight, describe, look
 from service.engine.footprint import estimate
 from service.errors import RequestError, failed, unavailable, unknown_model
 from service.messages import ModelCard
@@ -37,6 +39,9 @@ from service.settings import Settings
 
 SCAN_INTERVAL = 1.0
 """Seconds between two looks at the folder."""
+
+SEEK_PAUSE = 0.25
+"""Seconds after a look in which unknown names wait, and begin no other."""
 
 _log = logging.getLogger("charloom.engine")
 
@@ -103,11 +108,19 @@ class _Load:
     """A model on its way into memory."""
 
     name: str
-    stamp: Stamp
-    """Of all its files, before they were read."""
     bytes: int
     """The memory that it will take."""
     waiting: list[Then]
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Opening:
+    """What a load came to, and what the folder held meanwhile."""
+
+    result: Model | Exception
+    before: Stamp
+    """Of all its files, before they were read."""
+    after: Sight
 
 
 class Shelf:
@@ -136,6 +149,7 @@ class Shelf:
         self._loading: dict[str, _Load] = {}
         self._catalogue.scan()
         self._next_scan = clock() + SCAN_INTERVAL
+        self._next_seek = -math.inf
         self._preload()
 
     @property
@@ -143,12 +157,16 @@ class Shelf:
         """Why folders of these names are not served."""
         return self._catalogue.broken
 
+    @property
+    def pause(self) -> float:
+        """Seconds for which there is nothing to do in `poll`, unless `wake` is called."""
+        return max(self._next_scan - self._clock(), 0.0)
+
     def poll(self) -> None:
         """Hand out what has been loaded, look at the folder when it is time, tidy up."""
         self._background.deliver()
         self._scanning.deliver()
-        if self._clock() >= self._next_scan:
-            self._scan()
+        self._scan_when_due()
         self._retired = [served for served in self._retired if served.users]
 
     def get(self, name: str, then: Then) -> None:
@@ -164,14 +182,15 @@ class Shelf:
 
     def seek(self, name: str, then: Looked) -> None:
         """Call `then` when it is known whether there is such a model: at once where the last look
-        tells, else after a fresh one.
+        tells, else after a fresh one, which may begin in `SEEK_PAUSE` seconds.
         """
         if not self._catalogue.is_new(name):
             then(None)
             return
         self._seeking.append(then)
         if not self._scanning.pending:
-            self._scan()
+            self._next_scan = min(self._next_scan, self._next_seek)
+            self._scan_when_due()
 
     def cards(self) -> list[ModelCard]:
         """All models that can be served, by name."""
@@ -231,8 +250,10 @@ class Shelf:
         elif entry is None or not self._load(name, entry, then):
             then(self._refusal(name))
 
-    def _scan(self) -> None:
-        """Begin to look at the folder, for all who wait by now."""
+    def _scan_when_due(self) -> None:
+        """Begin to look at the folder if it is time, for all who wait by now."""
+        if self._clock() < self._next_scan:
+            return
         self._next_scan = math.inf
         self._looking, self._seeking = self._seeking, []
         self._scanning.run(self._catalogue.scanned(), self._scanned)
@@ -240,6 +261,7 @@ class Shelf:
     def _scanned(self, result: Catalogue | Exception) -> None:
         """Take over what the folder holds."""
         self._next_scan = self._clock() + SCAN_INTERVAL
+        self._next_seek = self._clock() + SEEK_PAUSE
         told, self._looking = self._looking, []
         if isinstance(result, Exception):
             _log.error("The models' folder could not be looked at.", exc_info=result)
@@ -254,7 +276,7 @@ class Shelf:
         for then in told:
             then(None)
         if self._seeking:
-            self._next_scan = self._clock()
+            self._next_scan = min(self._next_scan, self._next_seek)
 
     def _follow(self) -> None:
         """Retire what the folder no longer holds, and load the version that it holds instead."""
@@ -288,45 +310,45 @@ class Shelf:
                 name,
                 need,
             )
-        path = self._catalogue.path(name)
-        stamp = checkpoint.stamp(path)
-        load = _Load(name=name, stamp=stamp, bytes=need, waiting=list(waiting))
-        self._loading[name] = load
+        load = self._loading[name] = _Load(name=name, bytes=need, waiting=list(waiting))
         self._background.run(
-            partial(self._open_model, path, self._settings), partial(self._finish, load)
+            partial(_open, self._open_model, self._catalogue.path(name), self._settings),
+            partial(self._finish, load),
         )
         return True
 
-    def _finish(self, load: _Load, result: Model | Exception) -> None:
+    def _finish(self, load: _Load, opening: _Opening | Exception) -> None:
         """Take over what a load came to, and tell those who wait for it."""
         name = load.name
         del self._loading[name]
         found: Served | None = None
-        if isinstance(result, Model):
-            found = self._receive(name, result)
-        elif checkpoint.stamp(self._catalogue.path(name)) == load.stamp:
-            self._reject(load, result)
+        if isinstance(opening, Exception):  # a defect, which says nothing of the files
+            self._reject(name, opening, ())
+        elif isinstance(opening.result, Model):
+            found = self._receive(name, opening.result, opening.after)
+        elif opening.before == opening.after.stamp and not opening.after.is_missing:
+            self._reject(name, opening.result, opening.before)
         else:  # what could not be read is no longer there
-            entry = self._catalogue.renew(name)
+            entry = self._catalogue.renew(name, opening.after)
             if entry is not None and self._load(name, entry, *load.waiting):
                 return
         for then in load.waiting:
             then(self._refusal(name) if found is None else found)
 
-    def _reject(self, load: _Load, error: Exception) -> None:
+    def _reject(self, name: str, error: Exception, stamp: Stamp) -> None:
         """Serve no more what could not be loaded."""
         reason = str(error)
         if not isinstance(error, CharloomError):
-            _log.error("Loading the model %r has failed.", load.name, exc_info=error)
+            _log.error("Loading the model %r has failed.", name, exc_info=error)
             reason = f"it cannot be loaded ({type(error).__name__})"
-        self._catalogue.reject(load.name, reason, load.stamp)
+        self._catalogue.reject(name, reason, stamp)
 
-    def _receive(self, name: str, model: Model) -> Served | None:
+    def _receive(self, name: str, model: Model, sight: Sight) -> Served | None:
         """Put a model on the shelf; None where its folder has been removed or damaged meanwhile."""
         entry = self._catalogue.entries.get(name)
         if entry is not None and entry.fingerprint != model.fingerprint:
             # Committed again since the last scan. Should it happen once more, the next one sees it.
-            entry = self._catalogue.renew(name)
+            entry = self._catalogue.renew(name, sight)
         if entry is None:
             return None
         card = describe(name, entry, is_loaded=True)
@@ -376,6 +398,19 @@ class Shelf:
     def _coming(self) -> int:
         """The memory that models on their way will take."""
         return sum(load.bytes for load in self._loading.values())
+
+
+def _open(
+    open_model: Callable[[Path, Settings], Model], path: Path, settings: Settings
+) -> _Opening:
+    """Load a model, and look at its folder before and afterwards."""
+    before = checkpoint.stamp(path)
+    result: Model | Exception
+    try:
+        result = open_model(path, settings)
+    except Exception as error:  # whatever is wrong with a model is told to who waits for it
+        result = error
+    return _Opening(result=result, before=before, after=look(path))
 
 
 def _open_model(path: Path, settings: Settings) -> Model:

@@ -38,6 +38,8 @@ class Worker:
     connection: Connection
     tickets: dict[int, Ticket] = field(default_factory=dict)
     is_greeted: bool = False
+    is_refused: bool = False
+    """Whether its greeting told that it and this engine do not belong together."""
     is_watched: bool = False
     """Whether it is waited for its socket to take more."""
     pid: int = 0

@@ -62,6 +62,8 @@ _LOOK = 1.0
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what RFC 6750 allows in a bearer token
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_WITH_PORT = re.compile(r"(?P<four>[\d.]+):\d+|\[(?P<six>[^\]]*:[^\]]*)\](:\d+)?", re.ASCII)
+"""How some proxies forward an address."""
 
 _log = structlog.get_logger("service.access")
 
@@ -112,16 +114,7 @@ class Access:
 
     def admit(self) -> None:
         """Let the current request in; raises `RequestError` where it may not ask."""
-        if (
-            self._hosts
-            and request.endpoint not in PROBES
-            and _name_of(request.host) not in self._hosts
-        ):
-            raise invalid(
-                f"The header Host is {request.host[:100]!r}, by which this service does not go; "
-                f"ask it by another name, or list this one in {variable('hosts')}.",
-                code="host_not_allowed",
-            )
+        self._check_host()
         if self.is_open:
             return
         self._look()
@@ -140,6 +133,27 @@ class Access:
     def is_public(self, endpoint: str) -> bool:
         """Whether an endpoint needs no key, even where there are keys."""
         return endpoint in self._public
+
+    def _check_host(self) -> None:
+        """Refuse a request by a name that is not this service's.
+
+        Werkzeug would take the server's own name for one that is missing.
+        """
+        is_given = "HTTP_HOST" in request.environ
+        if not is_given and request.environ.get("SERVER_PROTOCOL") != "HTTP/1.0":
+            raise invalid(  # RFC 9112, 3.2
+                "The header Host is missing, which every request of HTTP/1.1 has; send it.",
+                code="bad_request",
+            )
+        if not self._hosts or request.endpoint in PROBES:
+            return
+        if not is_given or _name_of(request.host) not in self._hosts:
+            told = repr(request.host[:100]) if is_given else "missing"
+            raise invalid(
+                f"The header Host is {told}, and this service goes by other names; ask by one of "
+                f"them, or list yours in {variable('hosts')}.",
+                code="host_not_allowed",
+            )
 
     def _look(self) -> None:
         """Read the file of keys again if it has changed, at most once a second."""
@@ -231,6 +245,8 @@ def _place(address: str | None) -> str:
     """The address, or network, that stands for one client."""
     if address is None:
         return "unknown"  # behind a Unix socket, where nothing forwards the client's
+    if found := _WITH_PORT.fullmatch(address):
+        address = found["four"] or found["six"]
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

@@ -11,6 +11,8 @@ it, which is after the server has forked its workers.
 
 import math
 import re
+import threading
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 
@@ -25,11 +27,12 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from service import logs
 from service import settings as environment
 from service.errors import ErrorType, Problem, RequestError, failed, unavailable
-from service.launch import ensure_engine, socket_path
+from service.launch import claim_socket, engine_digest, ensure_engine
 from service.link import Link
-from service.settings import Settings
+from service.settings import Problems, Settings
 from service.web import body, completions, drain, inspection, load, operations, specification
 from service.web.access import Access
+from service.web.client import Client
 from service.web.context import NAME, Service, exchange
 from service.web.journal import Journal
 from service.web.wire.errors import ErrorBody, envelope
@@ -46,20 +49,37 @@ SECURITY_HEADERS = (
 Nothing here asks a browser for https, since the service may well stand on a plain network.
 """
 
+LONGEST_REST = 1.0
+"""Seconds that a connection waits at most whose client asks again before it should.
+
+A proxy may have many clients' requests on one connection.
+"""
+
 _log = structlog.get_logger("service.web")
 
 
 def create_app(settings: Settings | None = None, link: Link | None = None) -> OpenAPI:
     """The application; by default by the environment's settings, on the engine of its models.
 
-    Raises `OptionError` with all that is wrong with the settings or the keys.
+    Raises `OptionError` with all that is wrong with the settings, else with all that is wrong with
+    the keys and with the engine's socket.
     """
     if settings is None:
         settings = environment.read()
     logs.configure(settings)
-    access = Access(settings)
+    problems = Problems()
+    with problems.gather():
+        access = Access(settings)
     if link is None:
-        link = Link(socket_path(settings), start=partial(ensure_engine, settings))
+        with problems.gather():
+            path = claim_socket(settings)
+    problems.tell()
+    if link is None:
+        link = Link(
+            path,
+            start=partial(ensure_engine, settings),
+            settings=partial(engine_digest, settings),
+        )
     app = OpenAPI(
         __name__,
         static_folder=None,
@@ -79,10 +99,12 @@ def create_app(settings: Settings | None = None, link: Link | None = None) -> Op
         proxied = ProxyFix(app.wsgi_app, x_for=count, x_proto=count, x_host=0, x_port=0, x_prefix=0)
         app.wsgi_app = proxied  # type: ignore[method-assign] # how Flask documents a middleware
     journal = Journal(settings, link)
+    remark = _make_remark()
 
     def begin() -> None:
         # One hook instead of three: Flask spends two microseconds on each.
         journal.open()
+        remark()
         access.admit()
         _turn_away()
 
@@ -113,6 +135,24 @@ def _turn_away() -> None:
         )
 
 
+def _make_remark() -> Callable[[], None]:
+    """A hook that tells once of a server that is not ours, since slow clients then hold threads."""
+    unsaid = threading.Lock()  # taken by the request that tells, and never given back
+
+    def remark() -> None:
+        environ = request.environ
+        # A test's client, which names no server, is none.
+        if drain.KEY in environ or "SERVER_SOFTWARE" not in environ:
+            return
+        if unsaid.acquire(blocking=False):
+            _log.warning(
+                f"{environ['SERVER_SOFTWARE']} puts no bounds on slow clients as it was started; "
+                "use 'charloom serve', or gunicorn with gunicorn.conf.py and its worker class."
+            )
+
+    return remark
+
+
 def _protect(response: Response) -> Response:
     """Add the security headers that the answer does not have."""
     given = {name.lower() for name, _ in response.headers}
@@ -128,7 +168,7 @@ def _allow_origins(app: Flask, origins: list[str]) -> None:
         origins="*"
         if "*" in origins
         else [re.compile(rf"{re.escape(origin)}\Z", re.IGNORECASE) for origin in origins],
-        expose_headers=["x-request-id", "Retry-After"],
+        expose_headers=["x-request-id", "Retry-After", "x-should-retry"],
         max_age=600,
     )
 
@@ -146,9 +186,10 @@ def _answer(problem: Problem) -> Response:
     )
     if problem.retry_after is not None:
         response.headers["Retry-After"] = str(max(math.ceil(problem.retry_after), 1))
+        Client.current().rest(min(problem.retry_after, LONGEST_REST))
     if problem.status == HTTPStatus.UNAUTHORIZED:
         response.headers["WWW-Authenticate"] = "Bearer"
-    if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+    if problem.recurs:
         response.headers["x-should-retry"] = "false"  # OpenAI's clients would
     return response
 

@@ -4,6 +4,9 @@ gunicorn gives a thread to whoever connects and lets it wait for ever: for the e
 head, for its body, for the client to take the answer. A few hundred idle clients then hold every
 thread. Here the event loop gathers the head, which costs no thread, a thread waits for the body
 until a deadline and for the client to take something only so long; and no close waits at all.
+
+gunicorn also says in an answer's head that the connection stays, and then closes it where the
+application has left more of the body than it cares to read. Here that is known beforehand.
 """
 
 import errno
@@ -16,6 +19,9 @@ from enum import Enum
 from typing import Any
 
 from gunicorn import util
+from gunicorn.http import Request as ParsedRequest
+from gunicorn.http import RequestParser
+from gunicorn.http.body import LengthReader
 from gunicorn.workers.gthread import TConn
 
 from service.web import client
@@ -27,6 +33,9 @@ UNSENT = 32 << 10
 """Bytes that the system takes ahead of what the network carries, so that a send soon waits for a
 client that has stopped reading, whatever the size of the system's buffers.
 """
+
+UNREAD = 64 << 10
+"""Bytes of a body that are read for nothing but to keep its connection."""
 
 _END = b"\r\n\r\n"
 
@@ -48,7 +57,10 @@ class ClientSocket(client.Connection):
     then resets the connection, so that the system forgets what it still holds.
     """
 
-    __slots__ = ("_gathered", "_patience")
+    __slots__ = ("_gathered", "_patience", "began")
+
+    began: float
+    """When the request that it is at began, by `time.perf_counter`."""
 
     def __init__(self, accepted: socket.socket, patience: float) -> None:
         """Take over the connection of a socket, which is closed by that."""
@@ -72,6 +84,11 @@ class ClientSocket(client.Connection):
     def has_begun(self) -> bool:
         """Whether something of a request has been gathered."""
         return len(self._gathered) > 0
+
+    @property
+    def has_to_rest(self) -> bool:
+        """Whether the request that was gathered is to wait; one that only looks need not."""
+        return self._gathered.startswith(b"POST ") and time.monotonic() < self.rests_until
 
     def gather(self) -> Head:
         """Take what has arrived of a request's head, and not a byte of what follows it.
@@ -119,6 +136,29 @@ class ClientSocket(client.Connection):
             ) from None
 
 
+class Request(ParsedRequest):  # type: ignore[misc] # gunicorn carries no types
+    """A request that tells truly, from the head of its answer on, whether its connection stays."""
+
+    def should_close(self) -> bool:
+        """Whether nothing can follow on its connection; asked when the head is written."""
+        if not self.must_close and self._is_adrift():
+            self.force_close()  # as the head says, even if more of the body should be read yet
+        return bool(super().should_close())
+
+    def _is_adrift(self) -> bool:
+        """Whether the next request begins nobody knows where, or too far away."""
+        if self.body.failed:
+            return True
+        reader = self.body.reader
+        if isinstance(reader, LengthReader):
+            return bool(reader.length > UNREAD)
+        return reader.parser is not None  # of a body in chunks the length is known at its end
+
+
+class _Parser(RequestParser):  # type: ignore[misc] # gunicorn carries no types
+    mesg_class = Request
+
+
 class Connection(TConn):  # type: ignore[misc] # gunicorn carries no types
     """One client's connection; `linger` closes it once the client has, without making it wait."""
 
@@ -136,11 +176,13 @@ class Connection(TConn):  # type: ignore[misc] # gunicorn carries no types
     ) -> None:
         super().__init__(cfg, sock, peer, server)
         self._linger = linger
+        self.parser = _Parser(cfg, sock, peer)
         self.data_ready = True  # a thread that gets it never has to wait for its first byte
 
     def expect_within(self, seconds: float) -> None:
         """Let the request that begins now arrive in this time, head and body."""
         self.timeout = time.monotonic() + seconds
+        self.sock.began = time.perf_counter()
         self.sock.receive_whenever()
         self.sock.receive_within(seconds)
 

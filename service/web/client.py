@@ -6,6 +6,10 @@ never slow; a write to it still fails when it is gone.
 
 A limit on single reads bounds no request: a byte every few seconds keeps a thread for hours. So a
 server should make its sockets of `Connection`, whose reads share one deadline.
+
+A client that was told when to ask again, and does not wait, is as bad: hundreds of them that are
+refused and ask at once keep a core busy, and slow down what others have begun. Such a server also
+lets a `Connection` that rests wait with its next request; a client that waits notices nothing.
 """
 
 import math
@@ -25,15 +29,17 @@ the end from reads. Where the system has no POLLRDHUP, reads are all there is.
 
 
 class Connection(socket.socket):
-    """A socket that receives until a deadline."""
+    """A socket that receives until a deadline, and may have to rest."""
 
-    __slots__ = ("_deadline",)
+    __slots__ = ("_deadline", "rests_until")
 
     def __init__(
         self, family: int = -1, kind: int = -1, proto: int = -1, fileno: int | None = None
     ) -> None:
         super().__init__(family, kind, proto, fileno)
         self._deadline = math.inf
+        self.rests_until = -math.inf
+        """When its next request is looked at, by `time.monotonic`; probes are at once."""
 
     def receive_within(self, seconds: float) -> None:
         """Let all that is received from now on arrive in this time; a nearer deadline stays."""
@@ -85,6 +91,11 @@ class Client:
             return socket.socket.recv(self._connection, 1, socket.MSG_PEEK) == b""
         except (OSError, ValueError):  # reset, or closed at this end
             return True
+
+    def rest(self, seconds: float) -> None:
+        """Have the client wait so long for the answer to its next request on this connection."""
+        if isinstance(self._connection, Connection):
+            self._connection.rests_until = time.monotonic() + seconds
 
     @contextmanager
     def receiving(self, seconds: float) -> Iterator[None]:

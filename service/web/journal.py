@@ -4,7 +4,8 @@
 
 The line comes when the answer's last byte has been handed over, so a stream's tells its whole
 length and what became of it. It names the route, not the path that a client made up, and no text of
-a prompt unless the settings ask for it.
+a prompt unless the settings ask for it. What the server answers by itself, since the request is no
+HTTP or came too slowly, is written down in the same form.
 """
 
 import re
@@ -16,6 +17,7 @@ from http import HTTPMethod
 import structlog
 from flask import Response, g, request
 
+from service.errors import Problem
 from service.link import Link
 from service.settings import Settings
 from service.web.access import owner
@@ -26,6 +28,9 @@ PROMPT_LIMIT = 200
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset(HTTPMethod)
+_UNKNOWN = "unknown"
+"""The route of a request that no rule fits."""
+
 _PROBES = frozenset({"operations.healthz", "operations.readyz", "operations.metrics"})
 """Asked every few seconds by machines: their lines come at the level debug."""
 
@@ -44,10 +49,7 @@ class Journal:
     def open(self) -> None:
         """Begin the current request's exchange; runs before everything else."""
         given = request.environ.get("HTTP_X_REQUEST_ID", "")
-        g.exchange = Exchange(
-            id=given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}",
-            began=self._clock(),
-        )
+        g.exchange = Exchange(id=given if _ID.fullmatch(given) else make_id(), began=self._clock())
 
     def follow(self, response: Response) -> Response:
         """Name the exchange in its answer, and write it down when the answer has been sent."""
@@ -55,8 +57,8 @@ class Journal:
         response.headers["x-request-id"] = this.id
         rule = request.url_rule
         sender = owner()
-        method = request.method if request.method in _METHODS else "OTHER"
-        route = "unknown" if rule is None else rule.rule
+        method = _known(request.method)
+        route = _UNKNOWN if rule is None else rule.rule
         path = request.path if rule is None else None
         log = self._log.debug if request.endpoint in _PROBES else self._log.info
 
@@ -82,3 +84,28 @@ class Journal:
 
         response.call_on_close(close)
         return response
+
+    def note(self, this: Exchange, method: str, problem: Problem) -> None:
+        """Write down an answer that the application knows nothing of: the server gave it."""
+        method = _known(method)
+        seconds = self._clock() - this.began
+        self._log.info(
+            "answered",
+            method=method,
+            route=_UNKNOWN,
+            status=problem.status,
+            seconds=round(seconds, 6),
+            id=this.id,
+            code=problem.code,
+        )
+        self._tally(_UNKNOWN, method, problem.status, seconds)
+
+
+def make_id() -> str:
+    """An id for an exchange whose client gave none."""
+    return f"req_{secrets.token_hex(12)}"
+
+
+def _known(method: str) -> str:
+    """The method, or one name for all that clients make up."""
+    return method if method in _METHODS else "OTHER"

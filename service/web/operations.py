@@ -2,7 +2,8 @@
 
 GET /healthz   this process answers; it says nothing about the engine, so that a restart of one
                does not restart the other
-GET /readyz    the engine has looked at its work lately, has models, and its queue takes more
+GET /readyz    the engine has looked at its work lately, has models, can count what budgets allow,
+               and its queue takes more
 GET /metrics   all that was counted, in Prometheus' text format
 """
 
@@ -37,8 +38,8 @@ def healthz() -> Response:
 
 @blueprint.get("/readyz", summary="Would a request be taken?", responses={200: Health})
 def readyz() -> Response:
-    """200 where the engine has stepped lately, has models to serve and room in its queue; else 503
-    with the reason.
+    """200 where the engine has stepped lately, has models to serve, can count what budgets allow
+    and has room in its queue; else 503 with the reason.
     """
     if drain.current().is_on:
         raise unavailable("This worker is stopping.", code="draining")
@@ -58,6 +59,12 @@ def readyz() -> Response:
             "There is no model to serve; train one, or set CHARLOOM_MODELS to the folder that "
             "has some.",
             code="no_models",
+        )
+    if not status.can_count:
+        raise unavailable(
+            "The storage of budgets does not answer, and what cannot be counted is not admitted; "
+            "see to what CHARLOOM_LIMITS_STORAGE names.",
+            code="limits_unavailable",
         )
     if status.waiting > 0 and status.waiting >= status.queue:
         raise unavailable(f"The queue is full: {status.waiting} requests wait.", code="queue_full")

@@ -9,6 +9,7 @@ whether the service is well, while all others are taken. No worker is recycled a
 the engine process, which each of them opens its own connection to, has all that is heavy.
 """
 
+import gc
 import logging
 import math
 import os
@@ -94,6 +95,7 @@ def options(settings: Settings) -> dict[str, Any]:
         "logger_class": Log,
         "loglevel": settings.log_level,
         "on_starting": lambda arbiter: _remark(arbiter, settings),
+        "pre_fork": lambda _arbiter, _worker: _share(),
     }
 
 
@@ -161,6 +163,14 @@ class _Arbiter(Arbiter):  # type: ignore[misc] # gunicorn carries no types
             return super().spawn_worker()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _share() -> None:
+    """Let workers share what there is before they are made: the collector of garbage, which writes
+    into each object that it looks at, would make every page of it a copy of their own.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _remark(arbiter: Any, settings: Settings) -> None:

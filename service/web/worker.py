@@ -4,12 +4,14 @@ What differs from `gthread`, and why:
 
 - a connection costs no thread until the head of its request is there; a head that is not there in
   `receive_timeout` is answered with 408, one too long with 431
+- a client that was told to ask again later, and asks at once, waits for it there (see `client`)
 - the rest of a request has what is left of that time, and a client that takes nothing for
   `send_timeout` is cut off (see `arrival`)
 - closing never waits in the event loop: gunicorn's own graceful close waits up to two seconds for
   the client, and accepts nobody meanwhile
 - the last threads are kept for requests that are answered at once (see `load`)
-- what never reaches the application is refused with the service's own error body
+- what never reaches the application is refused with the service's own error body, and written down
+  like all other answers
 - told to stop, it closes its door at once, tells the application (see `drain`), and leaves when the
   last answer has been given; Ctrl-C, which reaches all processes of a terminal, is the arbiter's
 
@@ -18,7 +20,6 @@ Held by tests against the real gunicorn, since it overrides what gunicorn promis
 
 import errno
 import resource
-import secrets
 import selectors
 import signal
 import socket
@@ -28,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
+from heapq import heappop, heappush
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -43,6 +45,8 @@ from service.settings import Settings
 from service.web import context, drain, load
 from service.web.arrival import HEAD_LIMIT, ClientSocket, Connection, Head
 from service.web.body import dump
+from service.web.context import Exchange
+from service.web.journal import Journal, make_id
 from service.web.wire.errors import envelope
 
 LINGER = 2.0
@@ -137,7 +141,10 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
         self.drain = drain.Drain()
         self._load = load.Load(self.cfg.threads - min(SPARE_THREADS, self.cfg.threads // 2))
         self._link: Link | None = None
+        self._journal: Journal | None = None
         self._lingering: deque[Connection] = deque()
+        self._resting: list[tuple[float, int, Connection]] = []
+        """A heap, by the moment at which the request goes on."""
 
     # Start and stop
 
@@ -170,6 +177,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
         if isinstance(application, Flask) and context.NAME in application.extensions:
             self._link = application.extensions[context.NAME].link
             self._link.open()
+            self._journal = Journal(self.settings, self._link)
 
         def informed(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
             environ[drain.KEY] = self.drain
@@ -222,7 +230,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
     def enqueue_req(self, conn: Connection) -> None:
         """Give a connection with a whole head to a thread; let another wait for it."""
         conn.expect_within(self.settings.receive_timeout)
-        if conn.parser is not None and conn.parser.unreader.buf.getvalue():
+        if conn.parser.unreader.buf.getvalue():
             super().enqueue_req(conn)  # reading the last body, gunicorn has begun the next request
         elif not self._gather(conn):
             if not self.alive:
@@ -242,9 +250,20 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
                 client, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn)
             )
 
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """Wait for what happens, and not beyond the next end of a rest."""
+        if self._resting:
+            left = 0.0 if self.drain.is_on else self._resting[0][0] - time.monotonic()
+            timeout = min(timeout, max(left, 0.0))
+        super().wait_for_and_dispatch_events(timeout)
+
     def murder_pending(self) -> None:
         """End the waits that have lasted long enough."""
         now = time.monotonic()
+        while self._resting and (self._resting[0][0] <= now or self.drain.is_on):
+            _, _, conn = heappop(self._resting)
+            conn.expect_within(self.settings.receive_timeout)
+            super().enqueue_req(conn)
         while self.pending_conns and self.pending_conns[0].timeout <= now:
             conn = self.pending_conns.popleft()
             self.poller.unregister(conn.sock)
@@ -305,6 +324,8 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
         match conn.sock.gather():
             case Head.PARTIAL:
                 return False
+            case Head.COMPLETE if conn.sock.has_to_rest and not self.drain.is_on:
+                heappush(self._resting, (conn.sock.rests_until, id(conn), conn))
             case Head.COMPLETE:
                 super().enqueue_req(conn)
             case Head.TOO_LONG:
@@ -320,13 +341,15 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
 
     def _refuse(self, conn: Connection, status: int, code: str, message: str) -> None:
         """Answer a request that gets no thread."""
+        this, problem = _exchange(conn.sock), _problem(status, code, message)
         try:
-            conn.sock.send(_answer(_problem(status, code, message)))
+            conn.sock.send(_answer(problem, this.id))
         except OSError:
             self._drop(conn)
         else:
             self.nr_conns -= 1
             conn.close(graceful=True)
+        self._note(this, "", problem)
 
     def _drop(self, conn: Connection) -> None:
         self.nr_conns -= 1
@@ -340,27 +363,41 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
             return bool(super().handle_request(req, conn))
 
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
-        """Pass over what is left of a body, if it comes in time."""
+        """Pass over the little that is left of a body, if it comes in time."""
         conn.sock.receive_within(self.settings.receive_timeout)
-        return bool(super()._keepalive_after(conn, keepalive))
+        return keepalive and bool(conn.parser.finish_body())
 
-    def handle_error(self, _req: Any, client: ClientSocket, _addr: Any, exc: Exception) -> None:
+    def handle_error(self, req: Any, client: ClientSocket, _addr: Any, exc: Exception) -> None:
         """Answer what never reached the application, or made it fail, with the one error body."""
+        this = _exchange(client)
         is_ours = isinstance(exc, errors.InvalidResponseHeader | errors.InvalidResponseHeaderName)
         problem = next((problem for kind, problem in _REFUSALS if isinstance(exc, kind)), None)
         if problem is None or is_ours:
-            self.log.error("Unforeseen error of the server", exc_info=exc)
-            problem = failed("The server failed at this request; its log tells why.").problem
+            self.log.error("Unforeseen error of the server, id=%s", this.id, exc_info=exc)
+            problem = failed(
+                f"The server failed at this request; its log tells why, under the id {this.id}."
+            ).problem
         else:
-            self.log.info("Refused a request that is not HTTP: %s", type(exc).__name__)
+            self.log.debug("Not HTTP: %s, id=%s", type(exc).__name__, this.id)
         try:
-            client.sendall(_answer(problem))
+            client.sendall(_answer(problem, this.id))
         except OSError as error:
             self.log.debug("An error was not sent: %s", error)
+        self._note(this, "" if req is None else req.method, problem)
+
+    def _note(self, this: Exchange, method: str, problem: Problem) -> None:
+        """Have an answer written down that the application knows nothing of."""
+        if self._journal is not None:
+            self._journal.note(this, method, problem)
 
 
-def _answer(problem: Problem) -> bytes:
-    """A whole HTTP answer, after which the connection closes."""
+def _exchange(client: ClientSocket) -> Exchange:
+    """What goes on with a client whose request does not reach the application."""
+    return Exchange(id=make_id(), began=client.began)
+
+
+def _answer(problem: Problem, name: str) -> bytes:
+    """A whole HTTP answer to the exchange of this id, after which the connection closes."""
     status = HTTPStatus(problem.status)
     body = dump(envelope(problem))
     head = (
@@ -368,8 +405,8 @@ def _answer(problem: Problem) -> bytes:
         "Connection: close",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
-        f"x-request-id: req_{secrets.token_hex(12)}",
+        f"x-request-id: {name}",
         "X-Content-Type-Options: nosniff",
-        *(("x-should-retry: false",) if status == HTTPStatus.INTERNAL_SERVER_ERROR else ()),
+        *(("x-should-retry: false",) if problem.recurs else ()),
     )
     return "".join(f"{line}\r\n" for line in (*head, "")).encode("latin-1") + body

@@ -43,6 +43,7 @@ class Finder:
     lock: Callable[[str], AbstractContextManager[object]]
     """Holds other processes off one name while its file is written."""
     stdin: BinaryIO | None
+    """Read in place of the process's own."""
     report: Callable[[str], None]
 
     def find(self, sources: Sequence[str]) -> list[TextFile]:
@@ -67,15 +68,22 @@ class Finder:
         if source in BUILTIN:
             return builtin_files(source)
         if source == STANDARD_INPUT:
-            stream = sys.stdin.buffer if self.stdin is None else self.stdin
-            path = self.workshop / "standard-input"
-            if path.exists():
-                raise CorpusError("Standard input (-) is given twice; name it once.")
-            spool(stream, path, name="standard input")
-            return [TextFile(name="standard input", path=path)]
+            return [self._standard_input()]
         if "://" in source and not os.path.lexists(source.replace("\0", "")):
             return [self._address(source)]
         return self._on_disk(source)
+
+    def _standard_input(self) -> TextFile:
+        path = self.workshop / "standard-input"
+        if path.exists():
+            raise CorpusError("Standard input (-) is given twice; name it once.")
+        stream = self.stdin
+        if stream is None:
+            if sys.stdin is None:  # the shell was told <&-
+                raise CorpusError("Standard input (-) is closed; give it a text, such as < FILE.")
+            stream = sys.stdin.buffer
+        spool(stream, path, name="standard input")
+        return TextFile(name="standard input", path=path)
 
     def _address(self, source: str) -> TextFile:
         scheme = source.partition("://")[0].lower()
