@@ -1,4 +1,4 @@
-"""What a worker's request waits for: a `Job` is a completion under way, an `Inquiry` a question.
+"""What a worker's request waits for: texts by a `CompletionCall`, an answer by a `QuestionCall`.
 
 Each has a queue of its own, which the link fills and one request thread empties. Both know what to
 send, also for the second time, after the engine crashed: once, since what was under way at two
@@ -34,13 +34,13 @@ def stay() -> None:
     """A look that ends no wait."""
 
 
-class Job:
+class CompletionCall:
     """A completion under way, as the thread that answers the request sees it.
 
     One thread calls `next`; any thread may call `cancel`. The other methods are the link's.
     """
 
-    def __init__(self, order: Submit, *, withdraw: Callable[["Job"], None]) -> None:
+    def __init__(self, order: Submit, *, withdraw: Callable[["CompletionCall"], None]) -> None:
         self.id = order.id
         self.is_cancelled = False
         self._order = order
@@ -55,7 +55,7 @@ class Job:
     @property
     def accepted(self) -> Accepted:
         """How the request was admitted."""
-        assert self._accepted is not None, "a link gives out accepted jobs only"
+        assert self._accepted is not None, "a link gives out accepted calls only"
         return self._accepted
 
     def next(self, timeout: float) -> list[Delta] | Ended | None:
@@ -149,7 +149,7 @@ class Job:
         return self._crashes <= CRASHES and not self.is_cancelled
 
 
-class Inquiry:
+class QuestionCall:
     """A question under way; one thread waits for its answer, all else is the link's."""
 
     is_cancelled = False  # nobody takes a question back but by no longer waiting
@@ -183,6 +183,10 @@ class Inquiry:
         """Note a crash; False where it was one too many."""
         self._crashes += 1
         return self._crashes <= CRASHES
+
+
+Call = CompletionCall | QuestionCall
+"""Whatever is under way."""
 
 
 def _await(events: "SimpleQueue[Event]", timeout: float, look: Look) -> Event:

@@ -24,7 +24,7 @@ READ = 1 << 16
 _log = logging.getLogger(__name__)
 
 
-class Connection:
+class EngineConnection:
     """A socket on which messages go to and fro; raises `OSError` where nobody listens."""
 
     def __init__(self, path: Path, *, send_timeout: float) -> None:

@@ -1,11 +1,11 @@
 """An HTTP worker's way to the engine process, for all its request threads at once.
 
-Each process has one connection and one thread that reads it and hands what comes to the `Job` or
-`Inquiry` it is for, so that a thread is woken for its own text only. Both begin with the first
-request, hence after the worker's fork. Threads send for themselves; the engine always reads.
+Each process has one connection and one thread that reads it and hands what comes to the call (see
+`service.call`) that it is for, so that a thread is woken for its own text only. Both begin with the
+first request, hence after the worker's fork. Threads send for themselves; the engine always reads.
 
 Where the engine is lost, the reading thread dials again, and all that is under way is sent once
-more: the same request gives the same bytes, and what a job was given already is passed over. Where
+more: the same request gives the same bytes, and what a call was given already is passed over. Where
 the same engine answers, it has cut this worker off, as it would again, so all of that ends. Where
 no engine answers within `patience` seconds, all that waits is refused, the thread ends, and the
 next request begins anew.
@@ -28,8 +28,18 @@ import msgspec
 
 from charloom.errors import CharloomError
 from service import frames
-from service.call import Inquiry, Job, Look, absent, closed, crashed, cut_off, stay
-from service.connection import Connection
+from service.call import (
+    Call,
+    CompletionCall,
+    Look,
+    QuestionCall,
+    absent,
+    closed,
+    crashed,
+    cut_off,
+    stay,
+)
+from service.connection import EngineConnection
 from service.errors import RequestError, failed, invalid
 from service.frames import FrameError
 from service.messages import (
@@ -58,7 +68,7 @@ from service.messages import (
     Welcome,
 )
 
-__all__ = ["Job", "Link"]
+__all__ = ["CompletionCall", "Link"]
 
 TICK = 1.0
 """Seconds between two tallies."""
@@ -99,21 +109,23 @@ class Link:
         """
         self._line().open()
 
-    def submit(self, order: Submit, *, look: Look = stay) -> Job:
+    def submit(self, order: Submit, *, look: Look = stay) -> CompletionCall:
         """Have texts written, under a number of the link's own; returns once they are accepted.
 
         `look` is called twice a second meanwhile; what it raises takes the order back. Raises
         `RequestError` where the engine refuses, or where there is none.
         """
         line = self._line()
-        job = Job(msgspec.structs.replace(order, id=line.number()), withdraw=line.withdraw)
-        line.begin(job)
+        call = CompletionCall(
+            msgspec.structs.replace(order, id=line.number()), withdraw=line.withdraw
+        )
+        line.begin(call)
         try:
-            job.admission(order.timeout + self._patience, look)
+            call.admission(order.timeout + self._patience, look)
         except BaseException:
-            job.cancel()
+            call.cancel()
             raise
-        return job
+        return call
 
     @overload
     def ask(self, part: Describe, *, timeout: float = ..., look: Look = ...) -> Models: ...
@@ -141,12 +153,12 @@ class Link:
         `look` is as in `submit`.
         """
         line = self._line()
-        inquiry = Inquiry(Question(id=line.number(), ask=part))
-        line.begin(inquiry)
+        call = QuestionCall(Question(id=line.number(), ask=part))
+        line.begin(call)
         try:
-            return inquiry.answer(timeout, look).body
+            return call.answer(timeout, look).body
         except BaseException:
-            line.withdraw(inquiry)
+            line.withdraw(call)
             raise
 
     def tally(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -191,11 +203,11 @@ class _Line:
         self._patience = patience
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._calls: dict[int, Job | Inquiry] = {}
+        self._calls: dict[int, Call] = {}
         self._thread: threading.Thread | None = None
-        self._dialled: Connection | None = None
+        self._dialled: EngineConnection | None = None
         """The socket in use, from before the engine's greeting."""
-        self._connection: Connection | None = None
+        self._connection: EngineConnection | None = None
         """The same, from the greeting to the loss."""
         self._engine: int | None = None
         """The number of the process that was connected last."""
@@ -214,7 +226,7 @@ class _Line:
         with self._lock:
             self._need_thread()
 
-    def begin(self, call: Job | Inquiry) -> None:
+    def begin(self, call: Call) -> None:
         """Send a call, now or once there is a connection; raises `RequestError` if it cannot be."""
         try:
             frame = frames.encode(call.message())
@@ -227,11 +239,11 @@ class _Line:
         if connection is not None:
             self._send(connection, call, frame)
 
-    def withdraw(self, call: Job | Inquiry) -> None:
-        """Tell the engine that nobody waits for this any more; a job then ends soon."""
+    def withdraw(self, call: Call) -> None:
+        """Tell the engine that nobody waits for this any more; texts then end soon."""
         with self._lock:
             connection = self._connection
-            if isinstance(call, Inquiry) or connection is None:
+            if isinstance(call, QuestionCall) or connection is None:
                 known = self._calls.pop(call.id, None) is not None
             else:
                 known = call.id in self._calls
@@ -274,15 +286,15 @@ class _Line:
             self._thread = threading.Thread(target=self._run, name="link", daemon=True)
             self._thread.start()
 
-    def _send(self, connection: Connection, call: Job | Inquiry, frame: bytes) -> None:
-        if isinstance(call, Inquiry):
+    def _send(self, connection: EngineConnection, call: Call, frame: bytes) -> None:
+        if isinstance(call, QuestionCall):
             self._send_tallies(connection)
         connection.send(frame)
         if call.is_cancelled:
             # The cancellation may have overtaken the order, and been passed over.
             connection.send(frames.encode(Cancel(id=call.id)))
 
-    def _send_tallies(self, connection: Connection) -> None:
+    def _send_tallies(self, connection: EngineConnection) -> None:
         with self._lock:
             answers, self._tallies = self._tallies, []
         if answers:
@@ -323,7 +335,7 @@ class _Line:
             pause = min(2 * pause, 0.5)
         else:
             return False
-        cut: list[Job | Inquiry] = []
+        cut: list[Call] = []
         with self._lock:
             self._connection = connection
             if connection.engine == self._engine:
@@ -336,9 +348,9 @@ class _Line:
             self._send(connection, call, frames.encode(call.message()))
         return True
 
-    def _dial(self, deadline: float) -> Connection:
+    def _dial(self, deadline: float) -> EngineConnection:
         """Connect and greet; raises `OSError` or `FrameError` where it comes to nothing."""
-        connection = Connection(self._path, send_timeout=self._patience)
+        connection = EngineConnection(self._path, send_timeout=self._patience)
         with self._lock:
             self._dialled = connection
         if self._closing.is_set():
@@ -356,7 +368,7 @@ class _Line:
         """Hand out what comes until the connection is lost, and end what does not survive that."""
         connection = self._connection
         assert connection is not None, "`_connect` made one"
-        lost: list[Job | Inquiry] = []
+        lost: list[Call] = []
         try:
             while True:
                 for message in connection.receive(TICK):
@@ -380,20 +392,20 @@ class _Line:
             for call in lost:
                 call.fail(crashed().problem)
 
-    def _hand_out(self, connection: Connection, message: FromEngine) -> None:
+    def _hand_out(self, connection: EngineConnection, message: FromEngine) -> None:
         """Give a message to the call that it is for, if anybody still waits for it."""
         if isinstance(message, Deltas):
             for delta in message.parts:
-                job = self._calls.get(delta.id)
-                if isinstance(job, Job):
-                    job.advance(delta)
+                call = self._calls.get(delta.id)
+                if isinstance(call, CompletionCall):
+                    call.advance(delta)
         elif isinstance(message, Accepted):
-            job = self._calls.get(message.id)
-            problem = job.accept(message) if isinstance(job, Job) else None
-            if job is not None and problem is not None:
+            call = self._calls.get(message.id)
+            problem = call.accept(message) if isinstance(call, CompletionCall) else None
+            if call is not None and problem is not None:
                 connection.send(frames.encode(Cancel(id=message.id)))
                 if self._calls.pop(message.id, None) is not None:
-                    job.fail(problem)
+                    call.fail(problem)
         elif isinstance(message, Welcome):
             raise FrameError("the engine greeted twice")
         else:
@@ -403,8 +415,8 @@ class _Line:
             if isinstance(message, Refused):
                 call.fail(message.problem)
             elif isinstance(message, Ended):
-                assert isinstance(call, Job), "only completions end"
+                assert isinstance(call, CompletionCall), "only completions end"
                 call.end(message)
             else:
-                assert isinstance(call, Inquiry), "only questions are answered"
+                assert isinstance(call, QuestionCall), "only questions are answered"
                 call.end(message)

@@ -21,7 +21,7 @@ from service.errors import RequestError
 from service.settings import Settings
 from service.web import context
 from service.web.body import NODE_LIMIT, OBJECT_LIMIT, check, dump, parse, with_body
-from service.web.client import Connection
+from service.web.deadline import DeadlineSocket
 from service.web.wire.errors import envelope
 
 DEPTH = 16
@@ -49,9 +49,9 @@ class Probe(BaseModel):
     gone: None = None
 
 
-def adopt(accepted: socket.socket) -> Connection:
+def adopt(accepted: socket.socket) -> DeadlineSocket:
     """Take over the connection of another socket, which is closed by that."""
-    return Connection(accepted.family, accepted.type, accepted.proto, accepted.detach())
+    return DeadlineSocket(accepted.family, accepted.type, accepted.proto, accepted.detach())
 
 
 def refused(data: bytes, *, depth: int = DEPTH) -> tuple[str | None, str]:
@@ -410,7 +410,7 @@ Serve = Callable[..., tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[socket.socket, Connection]]:
+def ends() -> Iterator[tuple[socket.socket, DeadlineSocket]]:
     """A client's end of a connection, and the server's."""
     near, far = socket.socketpair()
     with near, adopt(far) as adopted:
@@ -439,7 +439,7 @@ HEAD = b"POST /probe HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
-def test_a_body_in_chunks_is_read(ends: tuple[socket.socket, Connection]) -> None:
+def test_a_body_in_chunks_is_read(ends: tuple[socket.socket, DeadlineSocket]) -> None:
     """A body without a declared length ends where its chunks do."""
     near, far = ends
     near.sendall(CHUNKED + b'5\r\n{"nam\r\n8\r\ne": "x"}\r\n0\r\n\r\n')
@@ -449,7 +449,7 @@ def test_a_body_in_chunks_is_read(ends: tuple[socket.socket, Connection]) -> Non
     assert body["name"] == "x"
 
 
-def test_a_body_in_chunks_is_bounded(ends: tuple[socket.socket, Connection]) -> None:
+def test_a_body_in_chunks_is_bounded(ends: tuple[socket.socket, DeadlineSocket]) -> None:
     """No more than the limit is taken of a body that tells no length."""
     near, far = ends
     near.sendall(CHUNKED + b"FFFFF\r\n" + b" " * 5000)  # and no end
@@ -462,7 +462,7 @@ def test_a_body_in_chunks_is_bounded(ends: tuple[socket.socket, Connection]) -> 
     [b'Content-Length: 50\r\n\r\n{"name":', b"Transfer-Encoding: chunked\r\n\r\n8\r\n{", CHUNKED],
 )
 def test_a_body_that_breaks_off_is_refused(
-    ends: tuple[socket.socket, Connection], rest: bytes
+    ends: tuple[socket.socket, DeadlineSocket], rest: bytes
 ) -> None:
     """A client that closes early is told that its body has no end."""
     near, far = ends
@@ -474,7 +474,7 @@ def test_a_body_that_breaks_off_is_refused(
     assert "broke off" in body["error"]["message"]
 
 
-def test_a_damaged_chunk_is_refused(ends: tuple[socket.socket, Connection]) -> None:
+def test_a_damaged_chunk_is_refused(ends: tuple[socket.socket, DeadlineSocket]) -> None:
     """Chunks that cannot be read are the client's mistake and no defect."""
     near, far = ends
     near.sendall(CHUNKED + b"zz\r\n")
@@ -496,7 +496,7 @@ def test_a_body_that_does_not_come_is_given_up(is_adopted: bool) -> None:
         assert far.gettimeout() is None
 
 
-def test_a_body_that_drips_is_given_up(ends: tuple[socket.socket, Connection]) -> None:
+def test_a_body_that_drips_is_given_up(ends: tuple[socket.socket, DeadlineSocket]) -> None:
     """Bytes that keep coming do not prolong the time of the whole body."""
     near, far = ends
     is_over = threading.Event()

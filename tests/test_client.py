@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.web.client import Client, Connection
+from service.web.client import Client
+from service.web.deadline import DeadlineSocket
 
 
-def adopt(accepted: socket.socket) -> Connection:
+def adopt(accepted: socket.socket) -> DeadlineSocket:
     """Take over the connection of another socket, which is closed by that."""
-    return Connection(accepted.family, accepted.type, accepted.proto, accepted.detach())
+    return DeadlineSocket(accepted.family, accepted.type, accepted.proto, accepted.detach())
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from service.web.drain import KEY, Drain
 
 HERE = Path(__file__).parent
 SCRIPTED = runpy.run_path(str(HERE / "scripted_link.py"))
-JOBS = runpy.run_path(str(HERE / "scripted_job.py"))
+CALLS = runpy.run_path(str(HERE / "scripted_call.py"))
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
 
@@ -46,8 +46,8 @@ class Engine:
 
     def _submit(self, order: Submit, **_: Any) -> Any:
         self.orders.append(order)
-        job = JOBS["ScriptedJob"](*self.events(order))
-        job.accepted = JOBS["accept"](order)
+        job = CALLS["ScriptedCall"](*self.events(order))
+        job.accepted = CALLS["accept"](order)
         self.jobs.append(job)
         return job
 
@@ -200,7 +200,7 @@ def test_a_stream_keeps_its_own_headers(client: FlaskClient) -> None:
     assert answer.headers["X-Accel-Buffering"] == "no"
 
 
-class SilentJob(JOBS["ScriptedJob"]):  # type: ignore[misc] # loaded from its file
+class SilentJob(CALLS["ScriptedCall"]):  # type: ignore[misc] # loaded from its file
     """A job of which nothing comes, in the time that really passes."""
 
     def next(self, timeout: float) -> None:

@@ -20,7 +20,7 @@ from service.errors import (
 from service.settings import Settings
 from service.web import drain
 from service.web.app import create_app
-from service.web.client import Connection
+from service.web.deadline import DeadlineSocket
 from service.web.wire.errors import ErrorBody
 
 SCRIPTED = runpy.run_path(str(Path(__file__).parent / "scripted_link.py"))
@@ -315,7 +315,7 @@ def test_who_is_told_to_wait_has_to(client: Any, link: Any) -> None:
     """A refusal with a time to come back lets the connection rest until then, for a second."""
     link.fail(unavailable("Full.", code="queue_full", retry_after=0.5))
     near, far = socket.socketpair()
-    with near, Connection(far.family, far.type, far.proto, far.detach()) as connection:
+    with near, DeadlineSocket(far.family, far.type, far.proto, far.detach()) as connection:
         before = time.monotonic()
         client.get("/v1/models", environ_overrides={"gunicorn.socket": connection})
         assert before + 0.5 <= connection.rests_until <= time.monotonic() + 0.5

@@ -12,7 +12,7 @@ from service import logs
 from service.errors import Problem
 from service.settings import Settings
 from service.web.app import create_app
-from service.web.context import Exchange, exchange
+from service.web.exchange import Exchange, exchange
 from service.web.journal import Journal
 
 SCRIPTED = runpy.run_path(str(Path(__file__).parent / "scripted_link.py"))

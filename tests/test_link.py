@@ -26,7 +26,7 @@ from charloom.params import SamplingParams
 from service import frames
 from service.errors import Problem, RequestError, over_budget
 from service.frames import FrameReader
-from service.link import Job, Link
+from service.link import CompletionCall, Link
 from service.messages import (
     VERSION,
     Accepted,
@@ -200,7 +200,9 @@ def later() -> Iterator[Later]:
         yield pool.submit
 
 
-def open_job(link: Link, wire: Wire, later: Later, order: Submit = ORDER) -> tuple[Job, Submit]:
+def open_job(
+    link: Link, wire: Wire, later: Later, order: Submit = ORDER
+) -> tuple[CompletionCall, Submit]:
     """Have an order accepted; gives the job and the order as the engine got it."""
     future = later(link.submit, order)
     got = wire.receive(Submit)
@@ -208,7 +210,7 @@ def open_job(link: Link, wire: Wire, later: Later, order: Submit = ORDER) -> tup
     return future.result(WAIT), got
 
 
-def to_end(job: Job) -> tuple[list[Delta], Ended]:
+def to_end(job: CompletionCall) -> tuple[list[Delta], Ended]:
     """All that a job gives, and its end."""
     deltas: list[Delta] = []
     while True:

@@ -16,14 +16,14 @@ from service.errors import unavailable
 from service.messages import Delta, Ended
 from service.web import stream
 from service.web.client import Client
-from service.web.context import Exchange
 from service.web.drain import Drain
+from service.web.exchange import Exchange
 from service.web.waiting import Waiting, Watch
 from service.web.wire.chat import ChatReply
 from service.web.wire.completions import CompletionReply
 from service.web.wire.writing import Reply
 
-ScriptedJob = runpy.run_path(str(Path(__file__).parent / "scripted_job.py"))["ScriptedJob"]
+ScriptedCall = runpy.run_path(str(Path(__file__).parent / "scripted_call.py"))["ScriptedCall"]
 
 END = Ended(id=1, completion_tokens=7)
 
@@ -72,7 +72,7 @@ def events(parts: Iterator[bytes]) -> list[Any]:
 
 def test_each_delta_is_an_event_of_one_choice(respond: Respond) -> None:
     """Deltas that come together leave in one write, each as an event of its own."""
-    job = ScriptedJob([delta("a"), delta("b", index=1)], [delta("c", finish="length")], END)
+    job = ScriptedCall([delta("a"), delta("b", index=1)], [delta("c", finish="length")], END)
     answer, exchange = respond(job)
     writes = list(answer.iter_encoded())
     assert [write.count(b"data: ") for write in writes] == [2, 1, 1]
@@ -98,7 +98,7 @@ def test_the_text_arrives_whatever_it_holds(respond: Respond) -> None:
         "\x00\\",
         "é😀",
     ]
-    job = ScriptedJob(*([delta(text)] for text in texts), END)
+    job = ScriptedCall(*([delta(text)] for text in texts), END)
     answer, _ = respond(job)
     *found, done = events(answer.iter_encoded())
     assert done == "[DONE]"
@@ -107,7 +107,7 @@ def test_the_text_arrives_whatever_it_holds(respond: Respond) -> None:
 
 def test_a_models_name_cannot_break_the_frame(respond: Respond) -> None:
     """What stands in the constant part is data too."""
-    job = ScriptedJob([delta("a")], END)
+    job = ScriptedCall([delta("a")], END)
     name = 'x"choices":["\n\ndata: '
     job.accepted = type(job.accepted)(
         **{field: getattr(job.accepted, field) for field in job.accepted.__struct_fields__}
@@ -120,18 +120,18 @@ def test_a_models_name_cannot_break_the_frame(respond: Respond) -> None:
 
 def test_usage_comes_last_and_only_where_it_was_asked_for(respond: Respond) -> None:
     """Then every other chunk has null; otherwise none has the key, or no choices."""
-    *asked, done = events(respond(ScriptedJob([delta("a")], END), usage=True)[0].iter_encoded())
+    *asked, done = events(respond(ScriptedCall([delta("a")], END), usage=True)[0].iter_encoded())
     assert done == "[DONE]"
     assert [event["usage"] for event in asked[:-1]] == [None]
     assert (asked[-1]["choices"], asked[-1]["usage"]["completion_tokens"]) == ([], 7)
-    plain, _ = events(respond(ScriptedJob([delta("a")], END))[0].iter_encoded())
+    plain, _ = events(respond(ScriptedCall([delta("a")], END))[0].iter_encoded())
     assert "usage" not in plain
     assert plain["choices"]
 
 
 def test_chats_are_streamed_as_chats(respond: Respond) -> None:
     """The same events in the other form."""
-    answer, _ = respond(ScriptedJob([delta("a")], [delta("b")], END), form=ChatReply)
+    answer, _ = respond(ScriptedCall([delta("a")], [delta("b")], END), form=ChatReply)
     first, second, _ = events(answer.iter_encoded())
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
     assert second["choices"][0]["delta"] == {"content": "b"}
@@ -141,7 +141,7 @@ def test_silence_is_filled_with_comments(respond: Respond) -> None:
     """A comment after each stretch of silence, none sooner, and no field but data ever."""
     looks = round(2.0 / LOOK)
     silence = [None] * (2 * looks)
-    job = ScriptedJob(*silence, [delta("a")], *silence[: looks - 1], [delta("b")], END)
+    job = ScriptedCall(*silence, [delta("a")], *silence[: looks - 1], [delta("b")], END)
     writes = list(respond(job, heartbeat=2.0)[0].iter_encoded())
     kinds = ["comment" if write.startswith(b":") else "event" for write in writes]
     assert kinds == ["comment", "comment", "event", "event", "event"]
@@ -153,7 +153,7 @@ def test_silence_is_filled_with_comments(respond: Respond) -> None:
 def test_a_problem_is_an_event_in_the_one_form_of_errors(respond: Respond) -> None:
     """A stream that fails says so, and still ends as every stream does."""
     problem = unavailable("The engine crashed twice.", code="engine_crashed").problem
-    job = ScriptedJob([delta("a")], Ended(id=1, problem=problem))
+    job = ScriptedCall([delta("a")], Ended(id=1, problem=problem))
     answer, exchange = respond(job, usage=True)
     _, error, done = events(answer.iter_encoded())
     assert error == {
@@ -172,7 +172,7 @@ def test_a_defect_is_an_event_without_its_text(
     respond: Respond, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What nobody foresaw ends the stream in order, is logged, and ends the writing."""
-    job = ScriptedJob([delta("a")], ZeroDivisionError("secret"))
+    job = ScriptedCall([delta("a")], ZeroDivisionError("secret"))
     answer, exchange = respond(job)
     with caplog.at_level(logging.ERROR):
         _, error, done = events(answer.iter_encoded())
@@ -187,7 +187,7 @@ def test_a_defect_is_an_event_without_its_text(
 
 def test_a_stream_that_is_closed_early_ends_the_writing(respond: Respond) -> None:
     """A server closes the answer when a write fails: nothing more is written for it."""
-    job = ScriptedJob([delta("a")], [delta("b")])
+    job = ScriptedCall([delta("a")], [delta("b")])
     answer, exchange = respond(job)
     assert len(list(islice(answer.iter_encoded(), 1))) == 1
     answer.close()
@@ -197,7 +197,7 @@ def test_a_stream_that_is_closed_early_ends_the_writing(respond: Respond) -> Non
 
 def test_a_stream_that_never_began_ends_the_writing(respond: Respond) -> None:
     """The client may be gone before the first event is asked for."""
-    job = ScriptedJob([delta("a")])
+    job = ScriptedCall([delta("a")])
     answer, exchange = respond(job)
     answer.close()
     assert job.is_cancelled
@@ -206,7 +206,7 @@ def test_a_stream_that_never_began_ends_the_writing(respond: Respond) -> None:
 
 def test_a_stream_that_ended_cancels_nothing(respond: Respond) -> None:
     """After the end there is nothing left to end."""
-    job = ScriptedJob([delta("a")], END)
+    job = ScriptedCall([delta("a")], END)
     answer, exchange = respond(job)
     list(answer.iter_encoded())
     answer.close()
@@ -218,7 +218,7 @@ def test_a_client_that_leaves_in_silence_ends_the_writing(respond: Respond) -> N
     """Between events nothing is written that could fail; the look notices, and nothing follows."""
     near, far = socket.socketpair()
     with far:
-        job = ScriptedJob([delta("a")], None, None)
+        job = ScriptedCall([delta("a")], None, None)
         answer, exchange = respond(job, client=Client(far))
         parts = iter(answer.iter_encoded())
         next(parts)
@@ -231,7 +231,7 @@ def test_a_client_that_leaves_in_silence_ends_the_writing(respond: Respond) -> N
 
 def test_headers_keep_proxies_from_collecting(respond: Respond) -> None:
     """Neither a cache nor nginx holds an event back."""
-    answer, _ = respond(ScriptedJob(END))
+    answer, _ = respond(ScriptedCall(END))
     assert answer.headers["Content-Type"] == "text/event-stream"
     assert answer.headers["Cache-Control"] == "no-cache, no-transform"
     assert answer.headers["X-Accel-Buffering"] == "no"

@@ -18,7 +18,7 @@ DELTA = Delta(id=1, index=0, text="a", tokens=1)
 END = Ended(id=1)
 
 
-ScriptedJob = runpy.run_path(str(Path(__file__).parent / "scripted_job.py"))["ScriptedJob"]
+ScriptedCall = runpy.run_path(str(Path(__file__).parent / "scripted_call.py"))["ScriptedCall"]
 
 
 def wait_for(
@@ -39,7 +39,7 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 def test_what_comes_is_passed_on() -> None:
     """Deltas, silence and the end come as the job tells them."""
-    waiting = wait_for(ScriptedJob([DELTA], None, END), Client(None))
+    waiting = wait_for(ScriptedCall([DELTA], None, END), Client(None))
     assert waiting.next(60) == [DELTA]
     assert waiting.next(60) is None
     assert not waiting.is_over
@@ -49,7 +49,7 @@ def test_what_comes_is_passed_on() -> None:
 
 def test_no_wait_is_longer_than_a_look() -> None:
     """However long may be waited, the client is looked at in between."""
-    job = ScriptedJob()
+    job = ScriptedCall()
     waiting = wait_for(job, Client(None))
     waiting.next(3600)
     assert job.now == LOOK
@@ -58,7 +58,7 @@ def test_no_wait_is_longer_than_a_look() -> None:
 def test_a_client_that_leaves_ends_the_wait(ends: tuple[socket.socket, socket.socket]) -> None:
     """A client that closes is noticed at the next look, and the writing can be given up."""
     near, far = ends
-    job = ScriptedJob()
+    job = ScriptedCall()
     waiting = wait_for(job, Client(far))
     assert waiting.next(60) is None
     near.close()
@@ -73,7 +73,7 @@ def test_a_client_that_leaves_is_noticed_while_text_comes(
 ) -> None:
     """Texts without a pause do not put off the look."""
     near, far = ends
-    job = ScriptedJob([DELTA], [DELTA], [DELTA])
+    job = ScriptedCall([DELTA], [DELTA], [DELTA])
     waiting = wait_for(job, Client(far))
     near.close()
     assert waiting.next(60) == [DELTA]
@@ -87,7 +87,7 @@ def test_an_end_is_given_even_to_a_client_that_left(
 ) -> None:
     """A job that has ended is over, and nothing is left to cancel."""
     near, far = ends
-    job = ScriptedJob(END)
+    job = ScriptedCall(END)
     waiting = wait_for(job, Client(far))
     near.close()
     job.now = LOOK
@@ -98,7 +98,7 @@ def test_an_end_is_given_even_to_a_client_that_left(
 
 def test_a_worker_that_leaves_ends_the_wait_in_time_to_say_so() -> None:
     """Shortly before a worker's end what it waits for is refused as draining."""
-    job, drain = ScriptedJob(), Drain()
+    job, drain = ScriptedCall(), Drain()
     waiting = wait_for(job, Client(None), drain)
     assert waiting.next(60) is None
     drain.deadline = job.now + LOOK + FAREWELL
@@ -110,7 +110,7 @@ def test_a_worker_that_leaves_ends_the_wait_in_time_to_say_so() -> None:
 
 def test_an_engine_that_forgets_the_deadline_is_not_waited_for() -> None:
     """A stuck engine ends nothing: some time after the deadline the wait does."""
-    job = ScriptedJob()
+    job = ScriptedCall()
     waiting = wait_for(job, Client(None), timeout=2.0)
     job.now = 2.0 + MARGIN - LOOK - 0.1
     assert waiting.next(60) is None
@@ -123,7 +123,7 @@ def test_an_engine_that_forgets_the_deadline_is_not_waited_for() -> None:
 
 def test_what_has_come_is_given_after_the_deadline_too() -> None:
     """A client that took its time still gets all that was written for it."""
-    job = ScriptedJob([DELTA], END)
+    job = ScriptedCall([DELTA], END)
     waiting = wait_for(job, Client(None), timeout=2.0)
     job.now = 2.0 + MARGIN
     assert waiting.next(60) == [DELTA]

@@ -24,7 +24,7 @@ BUFFER_LIMIT = 2 * FRAME_LIMIT
 """Bytes in the buffer of a worker that is given up at once; what waits outside never fills it."""
 
 
-class Connection:
+class PeerConnection:
     """A worker's end of the socket, never blocking."""
 
     def __init__(self, peer: socket.socket) -> None:

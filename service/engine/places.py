@@ -6,7 +6,7 @@ tells of tokens one by one takes memory until it is sent: here, in the worker, a
 answer is asked for once more after a crash.
 """
 
-from service.engine.worker import Ticket
+from service.engine.peer import Ticket
 from service.errors import RequestError, unavailable
 from service.messages import NUMBERS_LIMIT
 

@@ -24,12 +24,12 @@ from typing import Protocol
 
 from charloom.decoding.engine import Engine
 from service.engine.background import Background
-from service.engine.connection import Connection
+from service.engine.connection import PeerConnection
 from service.engine.metrics import Metrics, Sample
+from service.engine.peer import Peer
 from service.engine.quota import Quota
 from service.engine.reception import Reception
 from service.engine.shelf import SCAN_INTERVAL, Shelf
-from service.engine.worker import Worker
 from service.frames import FrameError
 from service.launch import engine_digest
 from service.messages import (
@@ -94,7 +94,7 @@ class EngineProcess:
         self._restarts = restarts
         self._linger = linger
         self._clock = clock
-        self._workers: dict[Worker, None] = {}
+        self._workers: dict[Peer, None] = {}
         # When the process ends, unless a worker comes.
         self._end = clock() + first_linger
         # When all work was last looked at.
@@ -188,13 +188,13 @@ class EngineProcess:
             peer, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):  # it has gone again
             return
-        worker = Worker(connection=Connection(peer))
+        worker = Peer(connection=PeerConnection(peer))
         self._workers[worker] = None
         self._selector.register(
             worker.connection, selectors.EVENT_READ, partial(self._receive, worker)
         )
 
-    def _receive(self, worker: Worker) -> None:
+    def _receive(self, worker: Peer) -> None:
         """Do what a worker has asked for."""
         try:
             messages = worker.connection.receive()
@@ -206,7 +206,7 @@ class EngineProcess:
         if messages is None:
             self._part(worker)
 
-    def _obey(self, worker: Worker, message: FromWorker) -> None:
+    def _obey(self, worker: Peer, message: FromWorker) -> None:
         """Do what one message says; raises `FrameError` where that breaks the protocol."""
         if worker.connection.is_leaving:
             return
@@ -229,7 +229,7 @@ class EngineProcess:
         else:
             self._reception.ask(worker, message)
 
-    def _greet(self, worker: Worker, hello: Hello) -> None:
+    def _greet(self, worker: Peer, hello: Hello) -> None:
         """Tell a worker what is spoken and gone by here; to whom that is nothing has to go."""
         worker.is_greeted, worker.pid = True, hello.pid
         if hello.settings != self._digest:
@@ -248,7 +248,7 @@ class EngineProcess:
         worker.is_refused = hello.version != VERSION or hello.settings != self._digest
         worker.connection.is_leaving = worker.is_refused
 
-    def _part(self, worker: Worker) -> None:
+    def _part(self, worker: Peer) -> None:
         """Forget a worker; what it asked for is cancelled."""
         self._selector.unregister(worker.connection)
         worker.connection.close()
@@ -259,7 +259,7 @@ class EngineProcess:
         if worker.is_greeted and not worker.is_refused:
             self._end = self._clock() + self._linger
 
-    def _send(self, worker: Worker) -> None:
+    def _send(self, worker: Peer) -> None:
         """Let the socket take what it takes, and be told when it takes more."""
         connection, now = worker.connection, self._clock()
         connection.flush(now)

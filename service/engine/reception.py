@@ -33,10 +33,10 @@ from service.engine.inquiry import (
 from service.engine.job import Job
 from service.engine.lane import Lane
 from service.engine.metrics import Metrics
+from service.engine.peer import Peer, Ticket
 from service.engine.places import Places
 from service.engine.quota import Quota
 from service.engine.shelf import Served, Shelf
-from service.engine.worker import Ticket, Worker
 from service.errors import RequestError, invalid, unavailable
 from service.frames import FrameError, encode
 from service.messages import (
@@ -110,7 +110,7 @@ class Reception:
 
     # Texts to write
 
-    def submit(self, worker: Worker, order: Submit) -> None:
+    def submit(self, worker: Peer, order: Submit) -> None:
         """Begin to admit a request; raises `FrameError` where its number is taken."""
         ticket = worker.open(order.id, is_question=False)
         refusal = self._places.enter()
@@ -187,7 +187,7 @@ class Reception:
 
     # Questions
 
-    def ask(self, worker: Worker, question: Question) -> None:
+    def ask(self, worker: Peer, question: Question) -> None:
         """Begin to answer; raises `FrameError` where its number is taken.
 
         How the process is doing it tells itself.

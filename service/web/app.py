@@ -33,7 +33,8 @@ from service.settings import Problems, Settings
 from service.web import body, completions, drain, inspection, load, operations, specification
 from service.web.access import Access
 from service.web.client import Client
-from service.web.context import NAME, Service, exchange
+from service.web.context import NAME, Service
+from service.web.exchange import exchange
 from service.web.journal import Journal
 from service.web.wire.errors import ErrorBody, envelope
 

@@ -24,7 +24,7 @@ from gunicorn.http import RequestParser
 from gunicorn.http.body import LengthReader
 from gunicorn.workers.gthread import TConn
 
-from service.web import client
+from service.web.deadline import DeadlineSocket
 
 HEAD_LIMIT = 32 << 10
 """Bytes of a request's head, as large as nginx lets it become by default."""
@@ -49,7 +49,7 @@ class Head(Enum):
     LOST = "lost"
 
 
-class ClientSocket(client.Connection):
+class ClientSocket(DeadlineSocket):
     """A socket that gathers a request's head without waiting, and sends with patience.
 
     `recv` gives what was gathered first. `sendall` raises BrokenPipeError, which gunicorn and the
@@ -159,7 +159,7 @@ class _Parser(RequestParser):  # type: ignore[misc] # gunicorn carries no types
     mesg_class = Request
 
 
-class Connection(TConn):  # type: ignore[misc] # gunicorn carries no types
+class ClientConnection(TConn):  # type: ignore[misc] # gunicorn carries no types
     """One client's connection; `linger` closes it once the client has, without making it wait."""
 
     sock: ClientSocket
@@ -172,7 +172,7 @@ class Connection(TConn):  # type: ignore[misc] # gunicorn carries no types
         sock: ClientSocket,
         peer: Any,
         server: Any,
-        linger: Callable[["Connection"], None],
+        linger: Callable[["ClientConnection"], None],
     ) -> None:
         super().__init__(cfg, sock, peer, server)
         self._linger = linger

@@ -5,14 +5,13 @@ costs one or two system calls. Where there is no socket, as in tests, a client n
 never slow; a write to it still fails when it is gone.
 
 A limit on single reads bounds no request: a byte every few seconds keeps a thread for hours. So a
-server should make its sockets of `Connection`, whose reads share one deadline.
+server should make its sockets of `DeadlineSocket`, whose reads share one deadline.
 
 A client that was told when to ask again, and does not wait, is as bad: hundreds of them that are
 refused and ask at once keep a core busy, and slow down what others have begun. Such a server also
-lets a `Connection` that rests wait with its next request; a client that waits notices nothing.
+lets a `DeadlineSocket` that rests wait with its next request; a client that waits notices nothing.
 """
 
-import math
 import select
 import socket
 import time
@@ -22,46 +21,12 @@ from typing import Self
 
 from flask import request
 
+from service.web.deadline import DeadlineSocket
+
 _LEFT = select.POLLERR | select.POLLHUP | getattr(select, "POLLRDHUP", 0)
 """What a connection shows that the client has closed, also behind bytes it sent ahead: these hide
 the end from reads. Where the system has no POLLRDHUP, reads are all there is.
 """
-
-
-class Connection(socket.socket):
-    """A socket that receives until a deadline, and may have to rest."""
-
-    __slots__ = ("_deadline", "rests_until")
-
-    def __init__(
-        self, family: int = -1, kind: int = -1, proto: int = -1, fileno: int | None = None
-    ) -> None:
-        super().__init__(family, kind, proto, fileno)
-        self._deadline = math.inf
-        self.rests_until = -math.inf
-        """When its next request is looked at, by `time.monotonic`; probes are at once."""
-
-    def receive_within(self, seconds: float) -> None:
-        """Let all that is received from now on arrive in this time; a nearer deadline stays."""
-        self._deadline = min(self._deadline, time.monotonic() + seconds)
-
-    def receive_whenever(self) -> None:
-        """Lift the deadline: a request has arrived."""
-        self._deadline = math.inf
-
-    def recv(self, size: int, flags: int = 0, /) -> bytes:
-        """As `socket.recv`; raises TimeoutError past the deadline."""
-        if self._deadline == math.inf:
-            return super().recv(size, flags)
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        before = self.gettimeout()
-        self.settimeout(left)
-        try:
-            return super().recv(size, flags)
-        finally:
-            self.settimeout(before)
 
 
 class Client:
@@ -94,16 +59,16 @@ class Client:
 
     def rest(self, seconds: float) -> None:
         """Have the client wait so long for the answer to its next request on this connection."""
-        if isinstance(self._connection, Connection):
+        if isinstance(self._connection, DeadlineSocket):
             self._connection.rests_until = time.monotonic() + seconds
 
     @contextmanager
     def receiving(self, seconds: float) -> Iterator[None]:
         """Let the rest of the request arrive in this time; reads past it raise TimeoutError.
 
-        A socket that is no `Connection` gives this time to each single read.
+        A socket that is no `DeadlineSocket` gives this time to each single read.
         """
-        if isinstance(self._connection, Connection):
+        if isinstance(self._connection, DeadlineSocket):
             self._connection.receive_within(seconds)
             try:
                 yield

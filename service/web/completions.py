@@ -19,7 +19,8 @@ from service.messages import Delta, Describe, Ended, Judged, Submit
 from service.web import stream
 from service.web.access import owner
 from service.web.body import dump, with_body
-from service.web.context import current, exchange
+from service.web.context import current
+from service.web.exchange import exchange
 from service.web.waiting import Waiting, Watch
 from service.web.wire.chat import ChatCompletion, ChatEvent, ChatReply, ChatRequest
 from service.web.wire.completions import (
@@ -92,16 +93,16 @@ def _answer(body: WritingRequest, order: Submit, form: type[Reply]) -> Response:
     service, this, watch = current(), exchange(), Watch.current()
     this.ask(order.model, order.prompts[0])
     try:
-        job = service.link.submit(order, look=watch)
+        call = service.link.submit(order, look=watch)
     except RequestError as error:
         raise RequestError(renamed(error.problem, body.names)) from error
-    this.prompt_tokens = job.accepted.prompt_tokens
+    this.prompt_tokens = call.accepted.prompt_tokens
     reply = form(
-        job.accepted,
+        call.accepted,
         wants_logprobs=order.params.logprobs is not None,
         wants_usage=body.wants_usage,
     )
-    waiting = Waiting(job, watch, timeout=order.timeout)
+    waiting = Waiting(call, watch, timeout=order.timeout)
     if body.is_streamed:
         return stream.respond(waiting, reply, this, heartbeat=service.settings.heartbeat)
     try:

@@ -25,7 +25,8 @@ from service.messages import (
 )
 from service.web.access import owner
 from service.web.body import dump, with_body
-from service.web.context import current, exchange
+from service.web.context import current
+from service.web.exchange import exchange
 from service.web.waiting import MARGIN, Watch
 from service.web.wire.inputs import listed
 from service.web.wire.inspection import (

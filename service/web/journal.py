@@ -21,7 +21,7 @@ from service.errors import Problem
 from service.link import Link
 from service.settings import Settings
 from service.web.access import owner
-from service.web.context import Exchange, exchange
+from service.web.exchange import Exchange, exchange
 
 PROMPT_LIMIT = 200
 """Characters of a prompt, or of an unknown path, that are written down."""

@@ -26,7 +26,7 @@ from flask import Response
 from service.errors import Problem, RequestError, failed
 from service.messages import Delta, Ended
 from service.web.body import dump
-from service.web.context import Exchange
+from service.web.exchange import Exchange
 from service.web.waiting import ClientGone, Waiting
 from service.web.wire.errors import envelope
 from service.web.wire.writing import Reply

@@ -13,7 +13,7 @@ from typing import Self
 
 from service.call import LOOK
 from service.errors import Problem, RequestError, unavailable
-from service.link import Job
+from service.link import CompletionCall
 from service.messages import Delta, Ended
 from service.web import drain
 from service.web.client import Client
@@ -67,27 +67,27 @@ class Watch:
 
 
 class Waiting:
-    """What comes of a job, until it has ended or is given up; `close` must follow.
+    """What comes of a call, until it has ended or is given up; `close` must follow.
 
-    The engine ends each job at its deadline. Where it does not, though `timeout` seconds and a
+    The engine ends each call at its deadline. Where it does not, though `timeout` seconds and a
     margin have passed, it is stuck.
     """
 
-    def __init__(self, job: Job, watch: Watch, *, timeout: float = math.inf) -> None:
-        self._job = job
+    def __init__(self, call: CompletionCall, watch: Watch, *, timeout: float = math.inf) -> None:
+        self._call = call
         self._watch = watch
         now = watch.clock()
         self._next_look = now + LOOK
         self._deadline = now + timeout + MARGIN
         self.is_over = False
-        """Whether the job has ended by itself."""
+        """Whether the call has ended by itself."""
 
     def next(self, timeout: float) -> list[Delta] | Ended | None:
         """What has come, waiting for it this long or less; None where nothing has.
 
         Raises what `Watch` does, and `RequestError` where the engine is stuck.
         """
-        event = self._job.next(min(timeout, LOOK))
+        event = self._call.next(min(timeout, LOOK))
         if isinstance(event, Ended):
             self.is_over = True
             return event
@@ -105,4 +105,4 @@ class Waiting:
     def close(self) -> None:
         """Have nothing more written."""
         if not self.is_over:
-            self._job.cancel()
+            self._call.cancel()

@@ -43,9 +43,9 @@ from service.errors import Problem, failed
 from service.link import Link
 from service.settings import Settings
 from service.web import context, drain, load
-from service.web.arrival import HEAD_LIMIT, ClientSocket, Connection, Head
+from service.web.arrival import HEAD_LIMIT, ClientConnection, ClientSocket, Head
 from service.web.body import dump
-from service.web.context import Exchange
+from service.web.exchange import Exchange
 from service.web.journal import Journal, make_id
 from service.web.wire.errors import envelope
 
@@ -142,8 +142,8 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
         self._load = load.Load(self.cfg.threads - min(SPARE_THREADS, self.cfg.threads // 2))
         self._link: Link | None = None
         self._journal: Journal | None = None
-        self._lingering: deque[Connection] = deque()
-        self._resting: list[tuple[float, int, Connection]] = []
+        self._lingering: deque[ClientConnection] = deque()
+        self._resting: list[tuple[float, int, ClientConnection]] = []
         """A heap, by the moment at which the request goes on."""
 
     # Start and stop
@@ -225,9 +225,11 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
             return
         self.nr_conns += 1
         client = ClientSocket(accepted, self.settings.send_timeout)
-        self.enqueue_req(Connection(self.cfg, client, peer, listener.getsockname(), self.linger))
+        self.enqueue_req(
+            ClientConnection(self.cfg, client, peer, listener.getsockname(), self.linger)
+        )
 
-    def enqueue_req(self, conn: Connection) -> None:
+    def enqueue_req(self, conn: ClientConnection) -> None:
         """Give a connection with a whole head to a thread; let another wait for it."""
         conn.expect_within(self.settings.receive_timeout)
         if conn.parser.unreader.buf.getvalue():
@@ -240,7 +242,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
                 conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn)
             )
 
-    def on_pending_socket_readable(self, conn: Connection, client: ClientSocket) -> None:
+    def on_pending_socket_readable(self, conn: ClientConnection, client: ClientSocket) -> None:
         """Go on with a connection whose head was not all there."""
         self.poller.unregister(client)
         if self._gather(conn):
@@ -282,7 +284,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
             self.poller.unregister(conn.sock)
             self._drop(conn)
 
-    def linger(self, conn: Connection) -> None:
+    def linger(self, conn: ClientConnection) -> None:
         """Close a connection once its client has, or time is up.
 
         Closed at once, the system would answer what the client still sends with a reset, and that
@@ -304,13 +306,13 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
         else:
             self._drop(conn)
 
-    def _on_last_words(self, conn: Connection, client: ClientSocket) -> None:
+    def _on_last_words(self, conn: ClientConnection, client: ClientSocket) -> None:
         if self._is_spent(conn):
             self.poller.unregister(client)
             self._lingering.remove(conn)
             self._drop(conn)
 
-    def _is_spent(self, conn: Connection) -> bool:
+    def _is_spent(self, conn: ClientConnection) -> bool:
         """Whether the client has closed; what it sent is thrown away."""
         try:
             return not socket.socket.recv(conn.sock, 1 << 16)
@@ -319,7 +321,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
         except OSError:
             return True
 
-    def _gather(self, conn: Connection) -> bool:
+    def _gather(self, conn: ClientConnection) -> bool:
         """Read on in a head; whether the event loop is done with its connection."""
         match conn.sock.gather():
             case Head.PARTIAL:
@@ -339,7 +341,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
                 self._drop(conn)
         return True
 
-    def _refuse(self, conn: Connection, status: int, code: str, message: str) -> None:
+    def _refuse(self, conn: ClientConnection, status: int, code: str, message: str) -> None:
         """Answer a request that gets no thread."""
         this, problem = _exchange(conn.sock), _problem(status, code, message)
         try:
@@ -351,18 +353,18 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
             conn.close(graceful=True)
         self._note(this, "", problem)
 
-    def _drop(self, conn: Connection) -> None:
+    def _drop(self, conn: ClientConnection) -> None:
         self.nr_conns -= 1
         conn.close()
 
     # The threads
 
-    def handle_request(self, req: Any, conn: Connection) -> bool:
+    def handle_request(self, req: Any, conn: ClientConnection) -> bool:
         """Answer a request, which counts until its last byte has gone if it may last."""
         with self._load.one() if req.method == "POST" else nullcontext():
             return bool(super().handle_request(req, conn))
 
-    def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
+    def _keepalive_after(self, conn: ClientConnection, keepalive: bool) -> bool:
         """Pass over the little that is left of a body, if it comes in time."""
         conn.sock.receive_within(self.settings.receive_timeout)
         return keepalive and bool(conn.parser.finish_body())

@@ -6,7 +6,7 @@ from service.messages import Accepted, Delta, Ended, Submit
 FINGERPRINT = "0123456789abcdef" * 4
 
 
-class ScriptedJob:
+class ScriptedCall:
     """Stands in for `service.link.Job`, with a clock of its own: only silence takes time.
 
     An event that is an exception is raised. After the last event there is silence.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from service.engine.connection import Connection
+from service.engine.connection import PeerConnection
 from service.engine.inquiry import Work
 from service.engine.job import TOLD_AT_ONCE, Job
 from service.engine.shelf import Served
@@ -14,7 +14,7 @@ from service.messages import Delta, Deltas, FromEngine
 class Ticket:
     """One request or question of a worker, from its message to its end."""
 
-    worker: "Worker"
+    worker: "Peer"
     id: int
     is_question: bool
     served: Served | None = None
@@ -32,10 +32,10 @@ class Ticket:
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class Worker:
+class Peer:
     """A peer, its connection and its open requests by their number."""
 
-    connection: Connection
+    connection: PeerConnection
     tickets: dict[int, Ticket] = field(default_factory=dict)
     is_greeted: bool = False
     is_refused: bool = False
