@@ -92,10 +92,13 @@ def _find_port(process: subprocess.Popen[str], log: Any) -> int:
 @contextmanager
 def charloom_service(models: Path, **environment: str) -> Iterator[tuple[int, int]]:
     """`charloom serve`: its process and its port, ready."""
-    command = [sys.executable, "-m", "charloom", "serve", "--models", str(models), "--port", "0"]
-    with running(command, CHARLOOM_LOG_LEVEL="warning", **environment) as (process, port):
-        wait_until_ready(port)
-        yield process.pid, port
+    # A folder of its own, or it would find the engine of the service before, about to end.
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(models, folder, dirs_exist_ok=True)
+        command = [sys.executable, "-m", "charloom", "serve", "--models", folder, "--port", "0"]
+        with running(command, CHARLOOM_LOG_LEVEL="warning", **environment) as (process, port):
+            wait_until_ready(port)
+            yield process.pid, port
 
 
 @contextmanager
@@ -285,14 +288,11 @@ def start(models: Path, rounds: int) -> None:
     """Print how long it takes from the command to readiness, and the memory then."""
     seconds, sizes = [], []
     for _ in range(rounds):
-        # A folder of its own, or it would find the engine of the round before, about to end.
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copytree(models, folder, dirs_exist_ok=True)
-            begun = time.perf_counter()
-            with charloom_service(Path(folder)) as (pid, port):
-                seconds.append(time.perf_counter() - begun)
-                ask(port, 10)
-                sizes.append(resident(pid))
+        begun = time.perf_counter()
+        with charloom_service(models) as (pid, port):
+            seconds.append(time.perf_counter() - begun)
+            ask(port, 10)
+            sizes.append(resident(pid))
     print(
         f"start to ready: {statistics.median(seconds):.2f} s, "
         f"{statistics.median(sizes) / 1e6:.0f} MB in all processes"
