@@ -8,7 +8,7 @@ import torch
 
 from charloom.architecture import Architecture, Cell
 from charloom.cell import Network as CellNetwork
-from training.network import Masks, Network
+from training.network import OUTPUT_GAIN, Masks, Network
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,15 @@ def test_a_new_lstm_remembers() -> None:
         bias = state[f"layers.{layer}.bias_ih"] + state[f"layers.{layer}.bias_hh"]
         assert (bias[8:16] == 1.0).all()
         assert (bias[:8].abs() < 1.0).all()
+
+
+def test_a_new_output_layer_is_wide() -> None:
+    """Its weights lie evenly within four times what the hidden size gives."""
+    weight = Network(shape(vocabulary=500), seed=1).state_dict()["output.weight"]
+
+    bound = OUTPUT_GAIN / 8**0.5
+    assert 0.99 * bound < float(weight.abs().max()) <= bound
+    assert float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
 
 
 def test_loaded_weights_are_never_initialised_over() -> None:

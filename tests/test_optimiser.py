@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from training.network import OUTPUT_GAIN
 from training.optimiser import FINAL_SHARE, Average, Optimiser, learning_rate
 
 
@@ -70,6 +71,25 @@ def test_adamw_equals_torchs_reference() -> None:
 
     torch.testing.assert_close(ours.weight, reference.weight, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(ours.bias, reference.bias, rtol=1e-5, atol=1e-7)
+
+
+def test_the_output_layer_learns_as_from_larger_inputs() -> None:
+    """It moves as AdamW moves a quarter of its weights that reads inputs four times as large."""
+    torch.manual_seed(0)
+    ours = nn.ModuleDict({"output": nn.Linear(5, 3, bias=False)})
+    weight = ours["output"].weight
+    quarter = nn.Parameter(weight.detach() / OUTPUT_GAIN)
+    optimiser = Optimiser(ours, weight_decay=0.1, clip_norm=1e6)
+    adam = torch.optim.AdamW([quarter], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    for _ in range(10):
+        inputs = torch.randn(7, 5)
+        ours["output"](inputs).square().sum().backward()
+        nn.functional.linear(inputs * OUTPUT_GAIN, quarter).square().sum().backward()
+        optimiser.step(0.01)
+        adam.step()
+        adam.zero_grad()
+
+    torch.testing.assert_close(weight, quarter * OUTPUT_GAIN, rtol=1e-4, atol=1e-6)
 
 
 def test_a_restored_optimiser_goes_on_bit_for_bit() -> None:

@@ -19,6 +19,14 @@ from charloom.architecture import Architecture
 from training.masks import Purpose, keep_mask
 from training.recurrence import Arithmetic, recur
 
+OUTPUT_GAIN = 4.0
+"""How many times wider than by its number of inputs the output layer starts, and faster it learns.
+
+A hidden state is about a quarter as large as what a layer's weights are usually drawn for. The gain
+is as good as multiplying it by four, or as normalising it, and costs nothing: 1.438 nats per
+character instead of 1.518 after four passes over a megabyte (docs/experiments.md).
+"""
+
 LayerState = tuple[Tensor, ...]
 """What a layer carries, each of shape (B, H) and float32: (h, c) in an LSTM, (h,) elsewhere."""
 
@@ -115,8 +123,9 @@ class OutputLayer(nn.Module):
 class Network(nn.Module):
     """A stack of recurrent layers between an embedding and an output layer.
 
-    A new network is drawn from `seed`: recurrent layers uniform in +-1/sqrt(H) and an LSTM's
-    forget-gate bias 1 (Jozefowicz, Zaremba and Sutskever, 2015). Without a seed the parameters are
+    A new network is drawn from `seed`: recurrent layers uniform in +-1/sqrt(H), the output layer
+    in `OUTPUT_GAIN` times that, and an LSTM's forget-gate bias 1 (Jozefowicz, Zaremba and
+    Sutskever, 2015). Without a seed the parameters are
     left empty for `load_state_dict`, so what was trained is never initialised over.
     """
 
@@ -157,7 +166,8 @@ class Network(nn.Module):
                 layer.bias_ih[hidden : 2 * hidden] = 1.0
                 layer.bias_hh[hidden : 2 * hidden] = 0.0
         if self.output.weight is not None:
-            self.output.weight.uniform_(-bound, bound, generator=generator)
+            wide = OUTPUT_GAIN * bound
+            self.output.weight.uniform_(-wide, wide, generator=generator)
         self.output.bias.zero_()
 
     @property

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from training.network import OUTPUT_GAIN
+
 WARMUP_SHARE = 0.02
 FINAL_SHARE = 0.02
 AVERAGE_SHARE = 0.03
@@ -33,16 +35,26 @@ def learning_rate(
 
 
 class Optimiser:
-    """AdamW (Loshchilov and Hutter, 2019) with norm clipping; only matrices decay."""
+    """AdamW (Loshchilov and Hutter, 2019) with norm clipping; only matrices decay.
+
+    The output layer learns `OUTPUT_GAIN` times as fast and decays as all others do.
+    """
 
     def __init__(self, network: nn.Module, *, weight_decay: float, clip_norm: float) -> None:
         self._parameters = dict(network.named_parameters())
         self._clip_norm = clip_norm
-        matrices = [parameter for parameter in self._parameters.values() if parameter.ndim > 1]
-        vectors = [parameter for parameter in self._parameters.values() if parameter.ndim == 1]
+        matrices: list[Tensor] = []
+        vectors: list[Tensor] = []
+        output: list[Tensor] = []
+        for name, parameter in self._parameters.items():
+            same = (
+                output if name == "output.weight" else matrices if parameter.ndim > 1 else vectors
+            )
+            same.append(parameter)
         groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": weight_decay, "gain": 1.0},
+            {"params": vectors, "weight_decay": 0.0, "gain": 1.0},
+            {"params": output, "weight_decay": weight_decay / OUTPUT_GAIN, "gain": OUTPUT_GAIN},
         ]
         self._adam = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
         zeros = {
@@ -60,7 +72,7 @@ class Optimiser:
     def step(self, rate: float) -> None:
         """Update the weights at this learning rate and forget the gradients."""
         for group in self._adam.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["gain"]
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
 
