@@ -79,7 +79,8 @@ def test_the_output_layer_learns_as_from_larger_inputs() -> None:
     ours = nn.ModuleDict({"output": nn.Linear(5, 3, bias=False)})
     weight = ours["output"].weight
     quarter = nn.Parameter(weight.detach() / OUTPUT_GAIN)
-    optimiser = Optimiser(ours, weight_decay=0.1, clip_norm=1e6)
+    gains = {"output.weight": OUTPUT_GAIN}
+    optimiser = Optimiser(ours, weight_decay=0.1, clip_norm=1e6, gains=gains)
     adam = torch.optim.AdamW([quarter], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
     for _ in range(10):
         inputs = torch.randn(7, 5)

@@ -16,7 +16,7 @@ from charloom.errors import DivergenceError
 from training.batches import IGNORED, Batch
 from training.config import TrainingOptions
 from training.masks import Purpose, chance
-from training.network import LayerState, Masks, Network
+from training.network import OUTPUT_GAIN, LayerState, Masks, Network
 from training.optimiser import Average, Optimiser
 from training.recurrence import Arithmetic
 
@@ -49,7 +49,10 @@ class Learner:
         self._rare = rare
         self.network = Network(architecture, seed=options.seed).to(device)
         self.optimiser = Optimiser(
-            self.network, weight_decay=options.weight_decay, clip_norm=options.clip_norm
+            self.network,
+            weight_decay=options.weight_decay,
+            clip_norm=options.clip_norm,
+            gains={"output.weight": OUTPUT_GAIN},
         )
         self.average = Average(self.network, planned=steps)
         self.hidden = self.network.initial_state(options.batch_size)

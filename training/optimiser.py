@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from training.network import OUTPUT_GAIN
-
 WARMUP_SHARE = 0.02
 FINAL_SHARE = 0.02
 AVERAGE_SHARE = 0.03
@@ -37,25 +35,24 @@ def learning_rate(
 class Optimiser:
     """AdamW (Loshchilov and Hutter, 2019) with norm clipping; only matrices decay.
 
-    The output layer learns `OUTPUT_GAIN` times as fast and decays as all others do.
+    A parameter in `gains` learns so many times as fast as the others, and decays as they do.
     """
 
-    def __init__(self, network: nn.Module, *, weight_decay: float, clip_norm: float) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        weight_decay: float,
+        clip_norm: float,
+        gains: Mapping[str, float] | None = None,
+    ) -> None:
         self._parameters = dict(network.named_parameters())
         self._clip_norm = clip_norm
-        matrices: list[Tensor] = []
-        vectors: list[Tensor] = []
-        output: list[Tensor] = []
+        groups = []
         for name, parameter in self._parameters.items():
-            same = (
-                output if name == "output.weight" else matrices if parameter.ndim > 1 else vectors
-            )
-            same.append(parameter)
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay, "gain": 1.0},
-            {"params": vectors, "weight_decay": 0.0, "gain": 1.0},
-            {"params": output, "weight_decay": weight_decay / OUTPUT_GAIN, "gain": OUTPUT_GAIN},
-        ]
+            gain = 1.0 if gains is None else gains.get(name, 1.0)
+            decay = weight_decay / gain if parameter.ndim > 1 else 0.0
+            groups.append({"params": [parameter], "weight_decay": decay, "gain": gain})
         self._adam = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
         zeros = {
             f"{moment}.{name}": torch.zeros_like(parameter)
