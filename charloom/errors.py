@@ -13,6 +13,7 @@ names the field, the value and the remedy. The command line prints it and ends w
         ModelExistsError      the name is taken: --overwrite, --resume or another name
         ModelBusyError        another process is training it: wait
         CheckpointError       truncated, tampered, foreign or too new: restore or retrain
+          UnreadableError       the system refuses to read a file, which may be sound: try again
         ResumeError           there is nothing to resume, or it does not fit what was asked
         StorageError          the disk is full or read-only: what was saved before still loads
       BusyError             the engine's queue is full: ask again later
@@ -68,6 +69,12 @@ class ModelBusyError(ModelError):
 
 class CheckpointError(ModelError):
     """A checkpoint that does not verify: truncated, tampered with, foreign or of a newer format."""
+
+
+class UnreadableError(CheckpointError):
+    """The system refuses to read a file of a checkpoint, which may be sound: for a fault of the
+    device, a lack of permission or of open files.
+    """
 
 
 class ResumeError(ModelError):

@@ -7,10 +7,12 @@ the last worker.
 
 import ipaddress
 import logging
+import os
 import socket
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -71,11 +73,16 @@ def serve(ctx: click.Context, /, **_options: str | None) -> None:
         # what else is wrong.
         from service.web import server
         from service.web.app import create_app
+        from service.web.context import NAME
 
         with problems.gather():
             app = create_app(settings)
         problems.tell()
-        announce = partial(_announce, settings, _url(listener), names)
+        url = _url(listener)
+        known = app.extensions[NAME].access.names
+        # The name that a client has to say, where the address itself is none that is gone by.
+        name = None if not known or urlsplit(url).hostname in known else settings.hosts[0]
+        announce = partial(_announce, settings, url, name, names)
         server.run(app, settings, listener, announce)
 
 
@@ -88,19 +95,22 @@ def _start_engine(settings: Settings) -> None:
         raise click.exceptions.Exit(1) from error
 
 
-def _announce(settings: Settings, url: str, names: list[str]) -> None:
+def _announce(settings: Settings, url: str, name: str | None, names: list[str]) -> None:
     """Say where the service is, and how to ask it."""
+    place = url if name is None else f"{url} for those who ask by the name {name}"
     if settings.log_format == "json":
-        _log.info("Serving %s at %s.", settings.models, url)
+        _log.info("Serving %s at %s.", settings.models, place)
         return
-    click.echo(f"Serving {settings.models} at {url}; Ctrl-C ends it.", err=True)
+    click.echo(f"Serving {settings.models} at {place}; Ctrl-C ends it.", err=True)
     if not names:
         click.echo("There is no model yet; it is served once training has written it.", err=True)
         return
-    key = "" if settings.is_open else "-H 'Authorization: Bearer KEY' "
+    headers = "" if settings.is_open else "-H 'Authorization: Bearer KEY' "
+    if name is not None:
+        headers += f"-H 'Host: {f'[{name}]' if ':' in name else name}' "
     body = f'{{"model": "{names[0]}", "prompt": "", "max_tokens": 100}}'
     click.echo(
-        f"\n  curl {url}/v1/completions {key}-H 'Content-Type: application/json' -d '{body}'\n",
+        f"\n  curl {url}/v1/completions {headers}-H 'Content-Type: application/json' -d '{body}'\n",
         err=True,
     )
 
@@ -137,10 +147,12 @@ def _listen(host: str, port: int) -> socket.socket:
             [f"The host {host!r} is no address ({error.strerror}); give one, such as 127.0.0.1."]
         ) from error
     except OSError as error:
+        # Its own text names the address once more.
+        reason = error.strerror if error.errno is None else os.strerror(error.errno)
         raise OptionError(
             [
-                f"Nothing can listen on port {port} of {host} ({error.strerror}); give another "
-                "--port, such as 0 for a free one, or another --host."
+                f"Nothing can listen on port {port} of {host} ({reason}); give another --port, "
+                "such as 0 for a free one, or another --host."
             ]
         ) from error
 

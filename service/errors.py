@@ -86,9 +86,8 @@ def renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
     if problem.param is None or problem.param not in names:
         return problem
     name = names[problem.param]
-    rest = problem.message.removeprefix(
-        problem.param
-    )  # sentences begin with it, as far as they can
+    # Sentences begin with the field's name, as far as they can.
+    rest = problem.message.removeprefix(problem.param)
     message = problem.message if rest == problem.message else name + rest
     return msgspec.structs.replace(problem, param=name, message=message)
 

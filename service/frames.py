@@ -27,15 +27,19 @@ class FrameError(Exception):
     """A message that cannot be sent, or bytes that are none; says why in a sentence."""
 
 
+class FrameTooLongError(FrameError):
+    """A message with more bytes than are read: send less at a time."""
+
+
 def encode(message: FromWorker | FromEngine) -> bytes:
-    """One frame; raises `FrameError` where it would be too long, or a value has no encoding."""
+    """One frame; raises `FrameTooLongError`, or `FrameError` where a value has no encoding."""
     try:
         body = _encoder.encode(message)
     except (OverflowError, UnicodeEncodeError) as error:
         # Integers beyond 64 bits and halves of surrogate pairs, which JSON lets through.
-        raise FrameError(f"A value cannot be passed on to the engine: {error}.") from error
+        raise FrameError(f"A value cannot be passed on: {error}.") from error
     if len(body) > FRAME_LIMIT:
-        raise FrameError(f"A message has {len(body)} bytes; send at most {FRAME_LIMIT}.")
+        raise FrameTooLongError(f"A message has {len(body)} bytes; send at most {FRAME_LIMIT}.")
     return _LENGTH.pack(len(body)) + body
 
 

@@ -84,9 +84,13 @@ def claim_socket(settings: Settings) -> Path:
 
 
 def engine_digest(settings: Settings) -> str:
-    """What differs between engines of other settings, of another folder or of another version."""
+    """What differs between engines of other settings, of another folder or of another version.
+
+    A folder is told by its name: where that is a link, the engine follows it when it is turned.
+    """
     fields = settings.model_dump(mode="json", include=set(ENGINE_SETTINGS))
-    spelled = json.dumps([str(settings.models.resolve()), charloom.__version__, fields])
+    folder = os.path.abspath(settings.models)  # noqa: PTH100 - resolve() would follow a link
+    spelled = json.dumps([folder, charloom.__version__, fields])
     return hashlib.sha256(spelled.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 

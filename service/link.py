@@ -65,10 +65,9 @@ from service.messages import (
     Text,
     Tokenise,
     Tokens,
+    TurnedAway,
     Welcome,
 )
-
-__all__ = ["CompletionCall", "Link"]
 
 TICK = 1.0
 """Seconds between two tallies."""
@@ -83,9 +82,9 @@ class Link:
     """The engine, as the request threads of a worker see it; a forked child has a line of its own.
 
     `start` is called, in the link's thread, before each attempt to connect: it sees to it that an
-    engine listens on `path`, at once where one does. `settings` gives, there too, the digest of
-    those that the engine has to go by. `patience` bounds, in seconds, how long an engine is waited
-    for, and how long it may take nothing that is sent.
+    engine listens on `path`, at once where one does. `settings` is the digest of those that the
+    engine has to go by. `patience` bounds, in seconds, how long an engine is waited for, and how
+    long it may take nothing that is sent.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Link:
         path: Path,
         *,
         start: Callable[[], None] | None = None,
-        settings: Callable[[], str] = lambda: "",
+        settings: str = "",
         patience: float = 15.0,
     ) -> None:
         self._path = path
@@ -161,9 +160,19 @@ class Link:
             line.withdraw(call)
             raise
 
-    def tally(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Have an HTTP answer counted: soon, and before the next question is answered."""
-        self._line().tally((route, method, status, seconds))
+    def tally(
+        self,
+        route: str,
+        method: str,
+        status: int,
+        seconds: float,
+        refusal: TurnedAway | None = None,
+    ) -> None:
+        """Have an HTTP answer counted: soon, and before the next question is answered.
+
+        `refusal` is given where the engine has not heard of the request.
+        """
+        self._line().tally((route, method, status, seconds), refusal)
 
     def close(self) -> None:
         """End what is under way, the connection and the thread; later requests are refused."""
@@ -194,7 +203,7 @@ class _Line:
         self,
         path: Path,
         start: Callable[[], None] | None,
-        settings: Callable[[], str],
+        settings: str,
         patience: float,
     ) -> None:
         self._path = path
@@ -214,7 +223,8 @@ class _Line:
         self._hit: set[int] = set()
         """Calls that were under way when it was lost."""
         self._closing = threading.Event()
-        self._tallies: list[tuple[str, str, int, float]] = []
+        self._tally = Tally(answers=[], refusals=[])
+        """What is counted and was not sent yet."""
         self._tallied = time.monotonic()
 
     def number(self) -> int:
@@ -252,11 +262,13 @@ class _Line:
         elif known:
             call.fail(absent().problem)
 
-    def tally(self, answer: tuple[str, str, int, float]) -> None:
+    def tally(self, answer: tuple[str, str, int, float], refusal: TurnedAway | None) -> None:
         """Keep an answer for the next tally."""
         with self._lock:
-            if len(self._tallies) < TALLY_LIMIT:
-                self._tallies.append(answer)
+            if len(self._tally.answers) < TALLY_LIMIT:
+                self._tally.answers.append(answer)
+                if refusal is not None:
+                    self._tally.refusals.append(refusal)
 
     def close(self) -> None:
         """End everything, for good."""
@@ -296,9 +308,9 @@ class _Line:
 
     def _send_tallies(self, connection: EngineConnection) -> None:
         with self._lock:
-            answers, self._tallies = self._tallies, []
-        if answers:
-            connection.send(frames.encode(Tally(answers=answers)))
+            tally, self._tally = self._tally, Tally(answers=[], refusals=[])
+        if tally.answers:
+            connection.send(frames.encode(tally))
 
     # The thread
 
@@ -356,7 +368,7 @@ class _Line:
         if self._closing.is_set():
             connection.break_off()  # `close` may have come before there was one to break off
         try:
-            connection.greet(deadline - time.monotonic(), self._settings())
+            connection.greet(deadline - time.monotonic(), self._settings)
         except BaseException:
             with self._lock:
                 self._dialled = None

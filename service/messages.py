@@ -336,11 +336,21 @@ class Answer(_Message, frozen=True):
     body: Models | Scores | Embeddings | Tokens | Text | Status
 
 
+class TurnedAway(msgspec.Struct, kw_only=True, frozen=True, array_like=True):
+    """A request that a worker has refused by itself, so that the engine never saw it."""
+
+    code: str
+    is_request: bool
+    """Whether it was for texts; a question is not among the requests."""
+
+
 class Tally(_Message, frozen=True):
     """HTTP answers since the last tally."""
 
     answers: list[tuple[str, str, int, float]]
     """Route, method, status and seconds of each."""
+    refusals: list[TurnedAway] = []
+    """Those of them that the worker turned away."""
 
 
 FromWorker = Hello | Submit | Cancel | Question | Tally

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from string import Formatter
 from types import NoneType, UnionType
@@ -38,6 +38,11 @@ VALUE_SHOWN = 80
 
 _ORIGIN = re.compile(r"\*|https?://(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", re.IGNORECASE | re.ASCII)
 
+_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.ASCII)
+
+_BRACKETED = re.compile(r"\[[0-9a-f.]*:", re.IGNORECASE)
+"""How an address of IPv6 begins, as in a URL."""
+
 _STORAGE = re.compile(r"memory://|redis(s|\+unix|\+cluster|\+sentinel)?://.+")
 
 
@@ -45,7 +50,7 @@ def _split(value: object) -> object:
     """The list that a variable stands for: JSON where it begins with a bracket, else by commas."""
     if not isinstance(value, str):
         return value
-    if not value.lstrip().startswith("["):
+    if not value.lstrip().startswith("[") or _BRACKETED.match(value.lstrip()):
         return [part.strip() for part in value.split(",") if part.strip()]
     try:
         return json.loads(value)
@@ -58,6 +63,19 @@ def _check_origin(origin: str) -> str:
     if not _ORIGIN.fullmatch(origin):
         raise ValueError("give an origin such as https://example.com:8443, without a path, or *")
     return origin
+
+
+def _check_host(host: str) -> str:
+    """A name as the header Host has it, in one spelling: without the port, whatever that is."""
+    name = host.lower()
+    if _HOST.fullmatch(name):
+        return name
+    try:
+        return str(IPv6Address(name.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        raise ValueError(
+            "give a name or an address, such as text.example, without scheme, port or path"
+        ) from None
 
 
 def _check_storage(uri: str) -> str:
@@ -83,6 +101,8 @@ def check_template(template: str | None) -> str | None:
 
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 """A list that is written with commas or as JSON; pydantic-settings alone takes JSON only."""
+
+Host = Annotated[str, AfterValidator(_check_host)]
 
 Origin = Annotated[str, AfterValidator(_check_origin)]
 
@@ -201,12 +221,12 @@ class Settings(BaseSettings):
         None,
         description="File of API keys, NAME=KEY one a line; read again when it changes.",
     )
-    hosts: Annotated[list[str], NoDecode, BeforeValidator(_split)] = Field(
+    hosts: Annotated[list[Host], NoDecode, BeforeValidator(_split)] = Field(
         [],
-        description="Names that a request's Host may have, separated by commas; by default any, "
-        "but without keys on a loopback address only this machine's own, so that no page in a "
-        "browser gets at it under a name of its own. With keys this machine's own names count too; "
-        "probes answer by any.",
+        description="Names that a request's Host may have, without ports, separated by commas; by "
+        "default any, but without keys on a loopback address only this machine's own, so that no "
+        "page in a browser gets at it under a name of its own. With keys this machine's own names "
+        "count too; probes answer by any.",
     )
     requests_per_minute: int = Field(
         0, ge=0, description="Requests that a key (else an address) may send in a minute; 0: any."

@@ -280,7 +280,8 @@ def test_a_preflight_lets_openais_headers_pass(link: Any) -> None:
     assert answer.status_code == 200
     allowed = answer.headers["Access-Control-Allow-Headers"].lower()
     assert {"authorization", "content-type", "x-stainless-lang"} <= set(allowed.split(", "))
-    assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+    methods = answer.headers["Access-Control-Allow-Methods"]
+    assert set(methods.split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
 
 
 def test_all_origins_may_be_let_in(link: Any) -> None:
@@ -347,6 +348,20 @@ def test_every_reference_leads_somewhere(link: Any) -> None:
     text = json.dumps(found)
     for kind, name in re.findall(r"#/components/(\w+)/([\w.-]+)", text):
         assert name in found["components"][kind]
+
+
+def test_the_document_tells_the_bounds_of_the_settings(link: Any) -> None:
+    """The largest number of alternatives is that of this service, where any is asked for."""
+    schemas = document(link, logprobs=7)["components"]["schemas"]
+    for model, name in (
+        ("CompletionRequest", "logprobs"),
+        ("ChatRequest", "top_logprobs"),
+        ("ScoreRequest", "top"),
+    ):
+        schema = schemas[model]["properties"][name]
+        assert jsonschema_rs.is_valid(schema, 7)
+        assert jsonschema_rs.is_valid(schema, None)
+        assert not jsonschema_rs.is_valid(schema, 8)
 
 
 def test_every_schema_is_part_of_what_travels(link: Any) -> None:

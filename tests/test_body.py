@@ -76,7 +76,6 @@ def refused(data: bytes, *, depth: int = DEPTH) -> tuple[str | None, str]:
         (b"\xff", "not UTF-8"),
         (b'{"name": "\xed\xa0\x80"}', "not UTF-8"),
         ('{"name": "x"}'.encode("utf-16"), "not UTF-8"),
-        (b"\xef\xbb\xbf{}", "not JSON"),
         (b'{"ratio": NaN}', "NaN"),
         (b'{"ratio": Infinity}', "Infinity"),
         (b'{"ratio": -Infinity}', "-Infinity"),
@@ -121,6 +120,13 @@ def test_half_of_a_surrogate_pair_is_refused_by_its_place(text: bytes, path: str
 def test_whole_surrogate_pairs_are_characters() -> None:
     """A character beyond the basic plane may come as two escapes."""
     assert parse(b'"\\ud83d\\ude00"', depth=DEPTH) == "\N{GRINNING FACE}"
+
+
+def test_a_byte_order_mark_is_passed_over() -> None:
+    """One at the start is no part of the JSON text; alone it is an empty body."""
+    assert parse(b'\xef\xbb\xbf{"a": 1}', depth=DEPTH) == {"a": 1}
+    with pytest.raises(RequestError, match="The body is empty"):
+        parse(b"\xef\xbb\xbf", depth=DEPTH)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 import os
 import random
@@ -18,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 from unittest.mock import Mock
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,6 +130,11 @@ class ShelfInMemory:
     def seek(self, _name: str, then: Callable[[RequestError | None], None]) -> None:
         """What there is is known."""
         then(None)
+
+    @property
+    def count(self) -> int:
+        """How many models there are."""
+        return len(self.served)
 
     def cards(self) -> list[ModelCard]:
         """All models."""
@@ -432,23 +439,6 @@ def test_a_worker_of_other_settings_is_told_and_left(house: House) -> None:
     assert not peer.requests
 
 
-def test_a_folder_may_become_another_under_its_name(tmp_path: Path) -> None:
-    """A running engine follows a link that is turned, and so does what it says it goes by."""
-    (tmp_path / "old").mkdir()
-    (tmp_path / "new").mkdir()
-    models = tmp_path / "models"
-    models.symlink_to("old")
-    with ExitStack() as stack:
-        house = House(stack, None, models=models)
-        before = greet(house.settings)
-        models.unlink()
-        models.symlink_to("new")
-        assert house.connect().welcome is not None
-        peer = house.connect(is_polite=False)
-        peer.send(before)
-        house.turn_until(lambda: peer.is_cut_off)
-
-
 @pytest.mark.parametrize(
     "nonsense",
     [
@@ -638,6 +628,14 @@ def test_a_stream_begins_with_its_first_token(house: House) -> None:
     assert peer.requests[1].texts[0] == expect(max_tokens=1)
     house.turn_until(lambda: peer.requests[1].is_over)
     assert peer.requests[1].deltas == 2
+
+
+def test_a_stream_that_begins_with_nothing_begins_at_once_too(house: House) -> None:
+    """Its first delta holds the token that it opens with and the next."""
+    peer = house.connect()
+    peer.send(make_order(1, "", max_tokens=2000, is_streamed=True, interval=60.0))
+    house.turn_until(lambda: bool(peer.requests[1].texts[0]))
+    assert peer.requests[1].texts[0] == expect("", max_tokens=2)
 
 
 def test_long_prompts_are_encoded_beside_the_loop(house: House) -> None:
@@ -1158,7 +1156,39 @@ def test_an_answer_too_long_for_a_message_is_refused(
     monkeypatch.setattr(frames, "FRAME_LIMIT", 2_000)
     problem = peer.ask(1, Tokenise(model="demo", texts=["a" * 1_000])).problem
     assert (problem.status, problem.code) == (400, "too_much_work")
+    assert "The answer is too long" in problem.message
     assert peer.ask(2, Detokenise(model="demo", tokens=[5])).text == LETTERS.decode([5])
+
+
+def test_an_answer_that_has_no_encoding_is_no_fault_of_who_asks(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not called too long, the log says which value it was, and the connection stays."""
+    peer = house.connect()
+    served = house.shelf.served["demo"]
+    served.card = msgspec.structs.replace(served.card, chat_template="\ud800{content}")
+    problem = peer.ask(1, Describe()).problem
+    assert (problem.status, problem.code) == (500, "internal_error")
+    assert "too long" not in problem.message
+    assert "surrogates not allowed" in caplog.text
+    assert peer.ask(2, Detokenise(model="demo", tokens=[5])).text == LETTERS.decode([5])
+
+
+def test_an_odd_model_does_not_end_the_engine(tmp_path: Path) -> None:
+    """Whatever stands in a config.json, the engine can say how it is and which others there are."""
+    for name in ("good", "odd"):
+        TINY["write_model"](tmp_path / name)
+    config = json.loads((tmp_path / "odd" / "config.json").read_bytes())
+    config["summary"] = {"validation": {"windows": {"bits_per_character": 10**400}}}
+    config["tokenizer"]["kind"] = "\ud800"
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    with ExitStack() as stack:
+        peer = House(stack, None, models=tmp_path).connect()
+        assert peer.ask(1, AskStatus()).models == 1
+        text = peer.ask(2, AskMetrics()).text
+        assert "charloom_models_served 1.0" in text.splitlines()
+        assert "charloom_models_broken 1.0" in text.splitlines()
+        assert [card.name for card in peer.ask(3, Describe()).cards] == ["good"]
 
 
 def test_metrics_tell_of_all_workers(house: House) -> None:

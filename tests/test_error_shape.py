@@ -311,18 +311,34 @@ def test_a_stopping_worker_begins_nothing(client: Any, link: Any, path: str) -> 
     assert link.asked == []
 
 
+def test_behind_a_proxy_nobody_has_to_wait_for_others(link: Any) -> None:
+    """A proxy's connection carries many clients' requests, so what one was told binds none."""
+    client = create_app(Settings(proxies=1), link).test_client()
+    link.fail(unavailable("Full.", code="queue_full"))
+    near, far = socket.socketpair()
+    with near, DeadlineSocket(far.family, far.type, far.proto, far.detach()) as connection:
+        before = time.monotonic()
+        answer = client.get("/v1/models", environ_overrides={"gunicorn.socket": connection})
+        assert answer.headers["Retry-After"] == "1"
+        assert connection.rests_until < before
+
+
 def test_who_is_told_to_wait_has_to(client: Any, link: Any) -> None:
-    """A refusal with a time to come back lets the connection rest until then, for a second."""
+    """A full queue lets a connection rest until it is time, a second at most; a budget does not."""
     link.fail(unavailable("Full.", code="queue_full", retry_after=0.5))
     near, far = socket.socketpair()
     with near, DeadlineSocket(far.family, far.type, far.proto, far.detach()) as connection:
         before = time.monotonic()
         client.get("/v1/models", environ_overrides={"gunicorn.socket": connection})
         assert before + 0.5 <= connection.rests_until <= time.monotonic() + 0.5
-        link.fail(over_budget("Spent.", retry_after=60))
+        link.fail(unavailable("Full.", code="queue_full", retry_after=60))
         before = time.monotonic()
         client.get("/v1/models", environ_overrides={"gunicorn.socket": connection})
         assert before + 1 <= connection.rests_until <= time.monotonic() + 1
+        until = connection.rests_until
+        link.fail(over_budget("Spent.", retry_after=60))
+        client.get("/v1/models", environ_overrides={"gunicorn.socket": connection})
+        assert connection.rests_until == until
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from charloom.params import SamplingParams
 from service import frames
 from service.errors import Problem, invalid
-from service.frames import FrameError, FrameReader
+from service.frames import FrameError, FrameReader, FrameTooLongError
 from service.messages import (
     FRAME_LIMIT,
     Accepted,
@@ -32,6 +32,7 @@ from service.messages import (
     Submit,
     Tally,
     Tokenise,
+    TurnedAway,
     Welcome,
 )
 
@@ -47,6 +48,10 @@ WORKER: list[FromWorker] = [
     Cancel(id=1),
     Question(id=2, ask=Tokenise(model="demo", texts=["", "a"])),
     Tally(answers=[("/v1/completions", "POST", 200, 0.25)]),
+    Tally(
+        answers=[("/v1/score", "POST", 503, 0.25)],
+        refusals=[TurnedAway(code="draining", is_request=False)],
+    ),
 ]
 
 ENGINE: list[FromEngine] = [
@@ -151,15 +156,16 @@ def test_a_frame_beyond_the_limit_is_refused_by_its_length() -> None:
 def test_a_message_beyond_the_limit_is_not_sent() -> None:
     """A sender is told that its message is too long, rather than cut off by the reader."""
     message = Question(id=1, ask=Tokenise(model="demo", texts=["a" * FRAME_LIMIT]))
-    with pytest.raises(FrameError, match=f"send at most {FRAME_LIMIT}"):
+    with pytest.raises(FrameTooLongError, match=f"send at most {FRAME_LIMIT}"):
         frames.encode(message)
 
 
 @pytest.mark.parametrize("params", [SamplingParams(top_k=2**70), SamplingParams(stop=("\ud800",))])
 def test_a_value_without_encoding_is_named_as_such(params: SamplingParams) -> None:
     """Numbers beyond 64 bits and lone surrogates give the error that senders expect."""
-    with pytest.raises(FrameError, match="cannot be passed on"):
+    with pytest.raises(FrameError, match="cannot be passed on") as caught:
         frames.encode(Submit(id=1, model="demo", prompts=["a"], params=params))
+    assert not isinstance(caught.value, FrameTooLongError)
 
 
 @given(st.binary(max_size=60))

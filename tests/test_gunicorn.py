@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from service.web.worker import SPARE_THREADS
+from service.web.worker import RESERVED_THREADS
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +40,15 @@ def read_all(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
+def read_until(connection: socket.socket, mark: bytes) -> None:
+    """Read until this has come."""
+    received = b""
+    while mark not in received:
+        part = connection.recv(65536)
+        assert part, received
+        received += part
+
+
 def error_of(answer: bytes) -> tuple[int, dict[str, object]]:
     """The status of a raw answer and the error in its body."""
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -61,6 +70,25 @@ def test_clients_that_never_send_a_head_take_no_thread(server: Server) -> None:
         assert time.monotonic() - began < PATIENCE
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: 10\r\n\r\nhalf",
+        b"POST /body HTTP/1.1\r\nContent-Length: 2\r\n\r\nokGET / HT",
+    ],
+    ids=["body", "rest of a body", "next head"],
+)
+def test_clients_that_were_answered_take_no_thread(tmp_path: Path, request_: bytes) -> None:
+    """More clients than threads, who owe what nobody needs or the end of a head, hold nobody up."""
+    with gunicorn(tmp_path, rows=1, queue=0, receive_timeout=60) as server, ExitStack() as stack:
+        for _ in range(2 * THREADS):
+            client = stack.enter_context(server.connect())
+            client.sendall(request_)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")  # within 20 seconds
+        assert server.get("/") == (200, b"ok")
+
+
 def test_a_head_that_does_not_arrive_in_time_is_answered_with_408(server: Server) -> None:
     """Who begins a request and does not go on gets the service's error body, then the end."""
     with server.connect() as client:
@@ -70,6 +98,18 @@ def test_a_head_that_does_not_arrive_in_time_is_answered_with_408(server: Server
     assert time.monotonic() - began >= PATIENCE
     assert (status, error["code"]) == (408, "request_timeout")
     assert error["message"] == "The request did not arrive within 0.5 seconds; send it faster."
+
+
+def test_a_head_that_was_begun_ahead_and_does_not_arrive_is_answered_with_408(
+    server: Server,
+) -> None:
+    """It makes no difference that its first bytes came with another request."""
+    with server.connect() as client:
+        client.sendall(b"POST /body HTTP/1.1\r\nContent-Length: 2\r\n\r\nokGET / HT")
+        read_until(client, b"\r\n\r\nok")
+        status, error = error_of(read_all(client))
+    assert (status, error["code"]) == (408, "request_timeout")
+    assert not [line for line in server.lines if "Traceback" in line]
 
 
 def test_a_client_that_says_nothing_is_left(server: Server) -> None:
@@ -215,6 +255,18 @@ def test_a_body_that_nobody_reads_ends_no_connection(server: Server, path: bytes
     assert answers.endswith(b"ok")
 
 
+def test_a_body_that_comes_after_its_answer_ends_no_connection(server: Server) -> None:
+    """Once such a body is over, its connection waits for as long as any other."""
+    with server.connect() as client:
+        client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 6\r\n\r\nabc")
+        read_until(client, b"\r\n\r\nok")
+        client.sendall(b"def")
+        with server.connect() as other:  # which waits for as long as a body may take, and longer
+            assert read_all(other) == b""
+        client.sendall(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert read_all(client).endswith(b"ok")
+
+
 def test_requests_may_be_sent_ahead(server: Server) -> None:
     """Requests that arrive in one piece are answered one by one."""
     one = b"POST /body HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc"
@@ -243,9 +295,7 @@ def test_an_event_leaves_at_once(server: Server) -> None:
     """The first event of a stream arrives while the second is not made yet."""
     with server.connect() as client:
         client.sendall(b"GET /gate HTTP/1.1\r\nConnection: close\r\n\r\n")
-        received = b""
-        while b"begun" not in received:
-            received += client.recv(65536)
+        read_until(client, b"begun")
         server.open_gate()
         assert b"done" in read_all(client)
     assert server.get("/delay") == (200, b"1")
@@ -356,6 +406,18 @@ def test_a_request_that_comes_too_early_waits(server: Server) -> None:
     assert time.monotonic() - began >= 0.3
 
 
+def test_a_request_that_was_sent_ahead_waits_too(server: Server) -> None:
+    """That a request came with the one before it, which read it by accident, ends no rest."""
+    rest = b"POST /rest?0.3 HTTP/1.1\r\n\r\n"
+    look = b"GET /body HTTP/1.1\r\nContent-Length: 2\r\n\r\nab"
+    last = b"POST / HTTP/1.1\r\nConnection: close\r\n\r\n"
+    with server.connect() as client:
+        began = time.monotonic()
+        client.sendall(rest + look + last)
+        assert read_all(client).count(b"HTTP/1.1 200") == 3
+    assert time.monotonic() - began >= 0.3
+
+
 def test_a_client_that_rests_may_look_around_and_a_stop_ends_its_rest(tmp_path: Path) -> None:
     """On a connection whose requests have to wait for an hour, probes do not, nor at a stop."""
     with gunicorn(tmp_path) as server:
@@ -380,9 +442,7 @@ def test_a_stop_lets_streams_end_and_turns_others_away(tmp_path: Path) -> None:
         kept = http.client.HTTPConnection(*server.address, timeout=20)
         with closing(kept):
             stream.sendall(b"GET /gate HTTP/1.1\r\n\r\n")
-            received = b""
-            while b"begun" not in received:
-                received += stream.recv(65536)
+            read_until(stream, b"begun")
             kept.request("GET", "/drain")
             assert kept.getresponse().read() == b"False"
 
@@ -401,12 +461,10 @@ def test_a_stop_lets_streams_end_and_turns_others_away(tmp_path: Path) -> None:
 def test_the_last_threads_are_for_what_is_answered_at_once(tmp_path: Path) -> None:
     """Requests that last, however many, leave threads that others are told so by."""
     with gunicorn(tmp_path, rows=1, queue=0) as server, ExitStack() as stack:
-        for _ in range(THREADS - SPARE_THREADS):
+        for _ in range(THREADS - RESERVED_THREADS):
             stream = stack.enter_context(server.connect())
             stream.sendall(b"POST /gate HTTP/1.1\r\nContent-Length: 0\r\n\r\n")
-            received = b""
-            while b"begun" not in received:
-                received += stream.recv(65536)
+            read_until(stream, b"begun")
         asks = stack.enter_context(closing(http.client.HTTPConnection(*server.address, timeout=20)))
         for method, answer in (("GET", b"False"), ("POST", b"True"), ("GET", b"False")):
             asks.request(method, "/load")
@@ -424,8 +482,17 @@ def test_a_stream_beyond_the_drain_is_cut(tmp_path: Path) -> None:
 
 
 def test_clients_without_a_request_do_not_hold_up_a_stop(tmp_path: Path) -> None:
-    """Idle, kept and half-spoken connections are closed long before their time."""
-    with gunicorn(tmp_path) as server, server.connect() as idle, server.connect() as half:
+    """Idle, kept and half-spoken connections are closed long before their time, and so are those
+    whose last body goes on.
+    """
+    with (
+        gunicorn(tmp_path, receive_timeout=60) as server,
+        server.connect() as idle,
+        server.connect() as half,
+        server.connect() as owing,
+    ):
+        owing.sendall(b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n")
+        read_until(owing, b"\r\n\r\nok")
         kept = http.client.HTTPConnection(*server.address, timeout=20)
         with closing(kept):
             half.sendall(b"GET /")

@@ -200,6 +200,7 @@ def test_unknown_characters_are_replaced_skipped_or_refused() -> None:
     problem = refusal(lambda: ScoreWork(served, ask, time.monotonic())).problem
     assert (problem.status, problem.param) == (400, "text")
     assert problem.message.startswith("text 1 (counted from 0): The character 'é' (U+00E9) at")
+    assert 'or set unknown to "replace"' in problem.message  # and no option of a command
 
 
 def test_more_texts_than_rows_are_scored() -> None:
@@ -218,8 +219,11 @@ def test_an_answer_that_would_fill_the_memory_is_refused() -> None:
     problem = refusal(lambda: ScoreWork(served, ask, 0.0)).problem
     assert (problem.status, problem.param, problem.code) == (400, "text", "too_much_work")
     assert f"{len(text)} tokens" in problem.message
+    assert problem.message.endswith("send less text at a time, or ask for fewer alternatives.")
     long = Tokenise(model="demo", texts=["ab" * NUMBERS_LIMIT])
-    assert refusal(lambda: TokeniseWork(served, long)).problem.param == "prompt"
+    problem = refusal(lambda: TokeniseWork(served, long)).problem
+    assert problem.param == "prompt"
+    assert problem.message.endswith("send less text at a time.")  # it has no alternatives
 
 
 def test_no_texts_have_no_scores() -> None:

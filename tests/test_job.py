@@ -694,6 +694,7 @@ def test_a_prompt_that_cannot_be_read_is_refused_by_name(prompts: Any, words: st
     problem = refusal(order)
     assert (problem.status, problem.param) == (400, "prompt")
     assert words in problem.message
+    assert "command line" not in problem.message
 
 
 def test_of_many_biases_that_are_wrong_a_few_are_told() -> None:
@@ -701,6 +702,10 @@ def test_of_many_biases_that_are_wrong_a_few_are_told() -> None:
     problem = refusal(make_order(logit_bias=dict.fromkeys(range(1000, 1000 + BIASES_LIMIT), 1.0)))
     assert (problem.status, problem.param) == (400, "logit_bias")
     assert f"There are {BIASES_LIMIT - TOLD} more problems." in problem.message
+    assert problem.message.startswith(
+        "logit_bias names 1000, which is no token of this model; give numbers from 0 to "
+    )
+    assert "text" not in problem.message
 
 
 def test_a_bias_on_what_is_no_token_is_refused_by_name() -> None:
@@ -731,15 +736,15 @@ def test_work_is_prompts_and_all_that_may_be_written(options: Any, cost: int) ->
     ("options", "param"),
     [
         ({"n": TEXTS_LIMIT + 1, "max_tokens": 0}, "n"),
-        ({"max_tokens": 3, "logprobs": 2}, "logprobs"),
+        ({"max_tokens": NUMBERS_LIMIT // 3, "logprobs": 2}, "logprobs"),
+        ({"max_tokens": NUMBERS_LIMIT, "logprobs": 0}, "logprobs"),
     ],
 )
 def test_cheap_texts_and_dear_answers_have_a_limit_too(options: Any, param: str) -> None:
     """Neither endless empty texts nor endless log-probabilities are admitted."""
-    if param == "logprobs":
-        options = {"max_tokens": NUMBERS_LIMIT // 3, "logprobs": 2}
-    problem = refusal(make_order(**options), work=NUMBERS_LIMIT)
+    problem = refusal(make_order(**options), work=2 * NUMBERS_LIMIT)
     assert (problem.status, problem.param, problem.code) == (400, param, "too_much_work")
+    assert ("fewer alternatives" in problem.message) == (options.get("logprobs", 0) > 0)
 
 
 def test_the_services_precision_is_that_of_requests_that_ask_for_none() -> None:

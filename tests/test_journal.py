@@ -10,7 +10,9 @@ from flask import Flask, Response
 
 from service import logs
 from service.errors import Problem
+from service.messages import TurnedAway
 from service.settings import Settings
+from service.web import drain, load
 from service.web.app import create_app
 from service.web.exchange import Exchange, exchange
 from service.web.journal import Journal
@@ -206,7 +208,7 @@ def test_a_stream_is_told_at_its_end(link: Any, capsys: pytest.CaptureFixture[st
     assert line["model"] == "demo"
     assert line["completion_tokens"] == 3
     assert line["outcome"] == "cancelled"
-    assert link.tallies == [("/stream", "GET", 200, 4.5)]
+    assert link.tallies == [("/stream", "GET", 200, 4.5, None)]
 
 
 # Counts
@@ -227,7 +229,34 @@ def test_every_answer_is_counted_by_route(link: Any) -> None:
         ("unknown", "GET", 404),
         ("unknown", "OTHER", 405),
     ]
-    assert all(0 <= seconds < 10 for *_, seconds in link.tallies)
+    assert all(0 <= seconds < 10 for *_, seconds, _ in link.tallies)
+    assert {refusal for *_, refusal in link.tallies} == {None}
+
+
+@pytest.mark.parametrize(
+    ("path", "is_request"),
+    [
+        ("/v1/completions", True),
+        ("/v1/chat/completions", True),
+        ("/v1/score", False),
+        ("/tokenize", False),
+    ],
+)
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [
+        ("draining", {drain.KEY: drain.Drain(deadline=0.0)}),
+        ("queue_full", {load.KEY: load.Load(-1)}),
+    ],
+)
+def test_what_the_worker_turns_away_is_told_to_the_engine(
+    link: Any, path: str, is_request: bool, code: str, state: dict[str, Any]
+) -> None:
+    """The engine counts refusals that it has not made itself by what it is told of them."""
+    client(link).post(path, json={}, buffered=True, environ_overrides=state)
+    ((*_, status, _, refusal),) = link.tallies
+    assert status == 503
+    assert refusal == TurnedAway(code=code, is_request=is_request)
 
 
 def test_who_is_turned_away_is_told_by_address(

@@ -23,15 +23,26 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_folder_of_models_has_one_socket(folder: Path) -> None:
-    """However the folder is named, its engine is the same; other folders have other engines."""
+    """Its engine is the same from wherever it is named; other folders have other engines."""
     models = folder / "models"
     models.mkdir()
-    (folder / "link").symlink_to(models)
     path = socket_path(Settings(models=models))
-    assert path == socket_path(Settings(models=folder / "link" / ".." / "models"))
-    assert path == socket_path(Settings(models=folder / "link"))
+    assert path == socket_path(Settings(models=folder / "other" / ".." / "models"))
+    assert path == socket_path(Settings(models=Path(os.path.relpath(models))))
     assert path != socket_path(Settings(models=folder))
     assert path.parent == folder / f"charloom-{os.geteuid()}"
+
+
+def test_a_link_that_is_turned_keeps_its_engine(folder: Path) -> None:
+    """Workers of before and after meet at one socket, and the engine reads where the link leads."""
+    (folder / "old").mkdir()
+    (folder / "new").mkdir()
+    models = folder / "models"
+    models.symlink_to("old")
+    before = socket_path(Settings(models=models)), engine_digest(Settings(models=models))
+    models.unlink()
+    models.symlink_to("new")
+    assert before == (socket_path(Settings(models=models)), engine_digest(Settings(models=models)))
 
 
 def test_other_settings_have_another_engine(folder: Path) -> None:

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 
 from charloom.params import SamplingParams
 from service import frames
+from service.call import CompletionCall
 from service.errors import Problem, RequestError, over_budget
 from service.frames import FrameReader
-from service.link import CompletionCall, Link
+from service.link import Link
 from service.messages import (
     VERSION,
     Accepted,
@@ -47,6 +48,7 @@ from service.messages import (
     Status,
     Submit,
     Tally,
+    TurnedAway,
     Welcome,
 )
 
@@ -820,7 +822,7 @@ def test_an_engine_of_other_settings_is_none(
     meetings: list[Future[Wire]] = []
     link = dial(
         patience=1.0,
-        settings=lambda: "mine",
+        settings="mine",
         start=lambda: meetings.append(later(engine.meet, settings="another's")),
     )
     assert problem_of(later(ask_status, link)).code == "engine_unavailable"
@@ -861,10 +863,11 @@ def test_tallies_travel_together(link: Link, engine: Engine, later: Later) -> No
     """Answers are counted before the next question is answered, in one message."""
     wire = _first(link, engine, later)
     answers = [("/v1/models", "GET", 200, 0.25), ("/healthz", "GET", 503, 0.5)]
-    for answer in answers:
-        link.tally(*answer)
+    refusal = TurnedAway(code="queue_full", is_request=True)
+    link.tally(*answers[0])
+    link.tally(*answers[1], refusal)
     later(link.ask, AskStatus(), timeout=0.0)
-    assert wire.receive(Tally).answers == answers
+    assert wire.receive(Tally) == Tally(answers=answers, refusals=[refusal])
     wire.receive(Question)
 
 

@@ -39,6 +39,19 @@ def test_without_limits_nothing_is_refused() -> None:
     assert [budget.charge(tokens=10**9) for _ in range(100)] == [None] * 100
 
 
+def test_the_process_s_own_counters_go_by_the_same_clock() -> None:
+    """A minute passes for them when it passes for the quota."""
+    now = 0.0
+    answers: list[RequestError | None] = []
+    quota = Quota("memory://", 1, 0, never, clock=lambda: now)
+    for later in (0.0, 1.0, 10.0 * MINUTE):
+        now += later
+        quota.charge("a", 1, answers.append)
+    first, second, third = answers
+    assert (first, third) == (None, None)
+    assert second is not None
+
+
 def test_requests_are_counted_by_owner() -> None:
     """What one owner used up is still there for another."""
     budget = Budget(requests=2)

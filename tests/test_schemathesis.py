@@ -204,6 +204,7 @@ class Run:
             # Only engine and settings may object to what the document allows, not its reader; and
             # what they object to is a field of this request.
             check(READERS[path], parse(exchange.request.body, depth=16))
+            assert "this service gives at most" not in value["error"]["message"], "documented"
             param = value["error"]["param"]
             assert param is None or param.partition(".")[0] in READERS[path].model_fields
 

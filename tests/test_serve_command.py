@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,10 @@ def test_a_port_that_is_taken_is_named(models: Path) -> None:
         port = other.getsockname()[1]
         result = invoke("--models", models, "--port", port)
     assert result.exit_code == 2
-    assert f"Nothing can listen on port {port} of 127.0.0.1" in result.stderr
+    assert (
+        f"Nothing can listen on port {port} of 127.0.0.1 (Address already in use); give another"
+        in result.stderr
+    )
 
 
 def test_a_host_that_is_not_here_is_named(models: Path) -> None:
@@ -215,6 +219,20 @@ def test_the_example_that_is_shown_works(models: Path) -> None:
         request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             assert json.load(answer)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("hosts", ["text.example,other.example", "[2001:db8::1]"])
+def test_the_example_says_a_name_that_is_gone_by(models: Path, hosts: str) -> None:
+    """Where the address alone would be refused, the command has the header that is needed."""
+    with serving(models, hosts=hosts) as served:
+        (command,) = (shlex.split(served.wait_for(r"^  curl .*")[0]),)
+        url, body = command[1], command[-1].encode()
+        headers = dict(given.split(": ") for flag, given in pairwise(command) if flag == "-H")
+        assert headers["Host"] == hosts.partition(",")[0]
+        with urllib.request.urlopen(
+            urllib.request.Request(url, body, headers), timeout=PATIENCE
+        ) as answer:
+            assert answer.status == 200
 
 
 def test_workers_share_one_engine(models: Path) -> None:
@@ -303,6 +321,22 @@ def test_what_is_no_request_is_logged_and_counted(models: Path) -> None:
     for status, _ in answers:
         labels = f'method="OTHER",route="unknown",status="{status}"'
         assert f"charloom_http_answers_total{{{labels}}} 1.0" in counted
+
+
+def test_a_request_that_was_begun_ahead_is_logged_once(models: Path) -> None:
+    """Where its end never comes, its 408 is one line of the log, and nobody's defect."""
+    whole = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+    with serving(models, receive_timeout="0.5") as served:
+        with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as client:
+            client.sendall(whole + b"Content-Length: 2\r\n\r\n{}GET /he")
+            answers = b"".join(iter(lambda: client.recv(65536), b"")).decode()
+        served.process.terminate()
+        assert served.end() == 0
+    assert re.findall(r"HTTP/1\.1 (\d+)", answers) == ["400", "408"]
+    names = re.findall(r"x-request-id: (\S+)", answers)
+    lines = [line for line in served.lines if "answered method" in line]
+    assert [name for line in lines for name in names if f"id={name} " in line] == names
+    assert not any("Traceback" in line for line in served.lines)
 
 
 # How it ends

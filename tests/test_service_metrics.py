@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.engine.metrics import METRICS, ROWS, SECONDS, Metrics, Sample
 from service.errors import Problem
-from service.messages import Tally
+from service.messages import Tally, TurnedAway
 
 
 def make_job(**facts: Any) -> Any:
@@ -127,6 +127,19 @@ def test_workers_answers_add_up() -> None:
     assert found["charloom_http_answers_total", ("GET", "/v1/models", "200")] == 2
     assert found["charloom_http_answers_total", ("GET", "/v1/models", "429")] == 1
     assert found["charloom_http_seconds_sum", ("GET", "/v1/models")] == 1.5
+
+
+def test_what_workers_turn_away_is_among_the_refusals() -> None:
+    """A worker's own refusals count as the engine's do, texts and questions apart."""
+    metrics = Metrics(lambda: ())
+    for code, is_request in (("queue_full", True), ("queue_full", False), ("draining", True)):
+        refusal = TurnedAway(code=code, is_request=is_request)
+        answers = [("/v1/x", "POST", 503, 0.5)]
+        metrics.tally(Tally(answers=answers, refusals=[refusal]))
+    found = read(metrics)
+    assert found["charloom_refusals_total", ("queue_full",)] == 2
+    assert found["charloom_refusals_total", ("draining",)] == 1
+    assert found["charloom_requests_total", ("refused",)] == 2
 
 
 def test_buckets_begin_at_ten_microseconds() -> None:

@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -79,6 +80,47 @@ def test_origins_are_those_that_browsers_send(monkeypatch: pytest.MonkeyPatch, o
     """Scheme, host and port are an origin."""
     monkeypatch.setenv("CHARLOOM_CORS_ORIGINS", origin)
     assert read().cors_origins == [origin]
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("Text.example", "text.example"),
+        ("my_host", "my_host"),
+        ("192.0.2.1", "192.0.2.1"),
+        ("[::1]", "::1"),
+        ("2001:DB8:0::1", "2001:db8::1"),
+    ],
+)
+def test_hosts_are_names_and_addresses(
+    monkeypatch: pytest.MonkeyPatch, host: str, name: str
+) -> None:
+    """Each in the one spelling that a request's Host is compared in."""
+    monkeypatch.setenv("CHARLOOM_HOSTS", host)
+    assert read().hosts == [name]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "myhost:8105",
+        "[::1]:8000",
+        "*.example.com",
+        "*",
+        "http://x/",
+        "x/y",
+        "a b",
+        "bücher.example",
+    ],
+)
+def test_hosts_that_no_request_can_have_are_refused(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """What is written with a port, a scheme, a path or a pattern would match nothing."""
+    assert problems(monkeypatch, hosts=json.dumps([host])) == (
+        f"CHARLOOM_HOSTS holds {host!r}; give a name or an address, such as text.example, without "
+        "scheme, port or path.",
+    )
 
 
 @pytest.mark.parametrize(

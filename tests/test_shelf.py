@@ -1,4 +1,5 @@
 import gc
+import json
 import logging
 import shutil
 import threading
@@ -15,14 +16,17 @@ import charloom
 from charloom import checkpoint
 from charloom.architecture import Architecture
 from charloom.checkpoint import ModelWriter, WriteMode, inspect_model, model_names
+from charloom.checkpoint.manifest import model_fingerprint
 from charloom.decoding.request import Prompt, Request
-from charloom.errors import CheckpointError
+from charloom.errors import CheckpointError, UnreadableError
 from charloom.model import Model
 from charloom.params import SamplingParams
 from charloom.tokenizer import CharacterTokenizer
 from service.engine import catalogue
-from service.engine.shelf import SCAN_INTERVAL, SEEK_PAUSE, Served, Shelf
+from service.engine.shelf import RETRY_PAUSE, SCAN_INTERVAL, SEEK_PAUSE, Served, Shelf
 from service.errors import RequestError
+from service.frames import encode
+from service.messages import Answer, Models
 from service.settings import Settings
 
 LETTERS = CharacterTokenizer("abcdefgh ")
@@ -88,6 +92,19 @@ def scribble(path: Path) -> Callable[[], None]:
     content = (path / "config.json").read_bytes()
     (path / "config.json").write_bytes(b"{")
     return lambda: (path / "config.json").write_bytes(content) and None
+
+
+def rewrite(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a config.json by hand, and sign it as its writer would."""
+    config = json.loads((path / "config.json").read_bytes())
+    edit(config)
+    config["fingerprint"] = model_fingerprint(
+        config["architecture"],
+        config["tokenizer"]["fingerprint"],
+        config["documents"],
+        config["files"]["weights"]["sha256"],
+    )
+    (path / "config.json").write_text(json.dumps(config))
 
 
 class House:
@@ -379,6 +396,179 @@ def test_a_model_that_the_runtime_refuses_is_damaged(
     house.later()
     house.refuse("odd")
     assert len(tried) == 2
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config.update(summary={"chat_template": "\ud800{content}"}),
+        lambda config: config.update(summary={"chat_template": "{content}" + "x" * 2**16}),
+        lambda config: config["architecture"].update(hidden=10**12),
+        lambda config: config["tokenizer"].update(kind="\ud800"),
+    ],
+    ids=["half a character", "too long", "too large", "odd tokenizer"],
+)
+def test_what_cannot_be_told_of_a_model_is_that_model_s_problem(
+    edit: Callable[[dict[str, Any]], Any],
+    models: Path,
+    open_house: Open,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is never listed, logged once, and the list of the others can be sent."""
+    save(models / "good")
+    save(models / "odd", seed=1)
+    rewrite(models / "odd", edit)
+    house = open_house()
+    for _ in range(2):
+        assert encode(Answer(id=1, body=Models(cards=house.shelf.cards())))
+        assert (house.names(), house.shelf.count) == (["good"], 1)
+        assert list(house.shelf.broken) == ["odd"]
+        assert house.refuse("odd").problem.code == "model_damaged"
+        house.later()
+    assert caplog.text.count("'odd' is not served") == 1
+
+
+def test_a_loss_beyond_all_numbers_is_none(models: Path, open_house: Open) -> None:
+    """Whole numbers of JSON have no end, and a summary is free-form."""
+    save(models / "odd", summary={"validation": {"windows": {"bits_per_character": 10**400}}})
+    (card,) = open_house().shelf.cards()
+    assert card.bits_per_character is None
+
+
+def test_what_fails_to_be_looked_at_leaves_the_others(
+    models: Path,
+    open_house: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An unforeseen failure on one folder is told once, and that model's problem alone."""
+
+    def inspect(path: Path) -> checkpoint.ModelEntry:
+        if path.name == "odd":
+            raise RuntimeError("nobody thought of this")
+        return inspect_model(path)
+
+    monkeypatch.setattr(catalogue, "inspect_model", inspect)
+    save(models / "good")
+    save(models / "odd")
+    house = open_house()
+    house.later()
+    house.later()
+    assert house.names() == ["good"]
+    assert list(house.shelf.broken) == ["odd"]
+    assert caplog.text.count("Looking at the model 'odd' has failed") == 1
+
+
+# Shortage
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        OSError(24, "Too many open files"),
+        UnreadableError("weights cannot be read (Input/output error)."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_shortage_is_no_damage(
+    error: Exception, models: Path, open_house: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those who ask are told to come again, it is not tried again at once, and then it is."""
+    tried: list[Path] = []
+
+    def load_at_last(path: Path, _settings: Settings) -> Model:
+        tried.append(path)
+        if len(tried) <= 2:
+            raise error
+        return charloom.load(path)
+
+    save(models / "one")
+    save(models / "two")
+    house = open_house(open_model=load_at_last)
+    for count in (1, 2):
+        for _ in range(3):
+            problem = house.refuse("one").problem
+            assert (problem.status, problem.code) == (503, "model_unavailable")
+            assert problem.retry_after == pytest.approx(RETRY_PAUSE)
+        assert len(tried) == count
+        assert (house.names(), dict(house.shelf.broken)) == (["one", "two"], {})
+        house.later(RETRY_PAUSE)
+    assert house.load("one").name == "one"
+    assert caplog.text.count("'one' cannot be loaded at the moment") == 2
+
+
+def test_a_library_s_panic_leaves_nobody_waiting(models: Path, open_house: Open) -> None:
+    """Where memory lacks, safetensors ends with what is no `Exception`: who waits is told."""
+
+    class PanicException(BaseException):
+        pass
+
+    tried: list[Path] = []
+
+    def panic_once(path: Path, _settings: Settings) -> Model:
+        tried.append(path)
+        if len(tried) == 1:
+            raise PanicException("PyObject pointer is null")
+        return charloom.load(path)
+
+    save(models / "one")
+    save(models / "two")
+    house = open_house(open_model=panic_once)
+    assert house.refuse("one").problem.code == "model_unavailable"
+    house.later(RETRY_PAUSE)
+    assert house.load("one").name == "one"
+
+
+def test_what_may_not_be_read_is_looked_at_again(
+    models: Path,
+    open_house: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A model that the system refuses to read may be sound, and is served as soon as it does not,
+    though no file of it changes.
+    """
+    lack: list[Exception] = [MemoryError()]
+
+    def inspect(path: Path) -> checkpoint.ModelEntry:
+        if path.name == "one" and lack:
+            raise lack[0]
+        return inspect_model(path)
+
+    monkeypatch.setattr(catalogue, "inspect_model", inspect)
+    save(models / "one")
+    save(models / "two")
+    house = open_house()
+    for _ in range(3):
+        problem = house.refuse("one").problem
+        assert (problem.status, problem.code) == (503, "model_unavailable")
+        house.later()
+    assert caplog.text.count("'one' is not served") == 1
+    lack.clear()
+    house.later()
+    assert house.load("one").name == "one"
+
+
+def test_a_model_whose_change_cannot_be_read_yet_stays(models: Path, open_house: Open) -> None:
+    """It is in memory and was sound; what became of it is seen when it can be read."""
+    save(models / "only")
+    house = open_house()
+    served = house.load("only")
+    config = models / "only" / "config.json"
+    content = config.read_bytes()
+    config.unlink()
+    config.mkdir()
+    house.later()
+    assert house.ask("only") == [served]
+    assert (house.names(), dict(house.shelf.broken)) == (["only"], {})
+    config.rmdir()
+    config.write_bytes(content)
+    house.later()
+    assert house.ask("only") == [served]
+    scribble(models / "only")
+    house.later()
+    assert house.refuse("only").problem.code == "model_damaged"
 
 
 # Change
@@ -743,6 +933,17 @@ def test_nothing_is_unloaded_in_vain(models: Path, open_house: Open) -> None:
     house.load("b")
     assert house.refuse("large").problem.code == "model_memory"
     assert house.loaded() == {"a", "b"}
+
+
+def test_a_false_claim_unloads_nothing(models: Path, open_house: Open) -> None:
+    """A config.json that tells of more weights than there are is found out before room is made."""
+    save(models / "good")
+    save(models / "huge", seed=1)
+    rewrite(models / "huge", lambda config: config["architecture"].update(hidden=10**6))
+    house = open_house()
+    good = house.load("good")
+    assert house.refuse("huge").problem.code == "model_damaged"
+    assert house.shelf.in_memory() == (good,)
 
 
 def test_a_model_that_never_fits_is_loaded_alone(

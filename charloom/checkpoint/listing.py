@@ -5,6 +5,7 @@ every byte. Broken models are listed with their problem: leaving them out would 
 taken.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from typing import Any
 from charloom.architecture import Architecture
 from charloom.checkpoint.layout import CONFIG, TRAINER_ROLES, data_files
 from charloom.checkpoint.lock import WriterLock
-from charloom.checkpoint.manifest import Manifest, unusable
+from charloom.checkpoint.manifest import Manifest, unreadable, unusable
 from charloom.checkpoint.name import model_names
 from charloom.checkpoint.reading import has_trainer, is_current, open_config
-from charloom.errors import CheckpointError, ModelMissingError
+from charloom.checkpoint.tensors import data_bytes
+from charloom.errors import CheckpointError, ModelMissingError, UnreadableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class ModelEntry:
     name: str
     path: Path
     problem: str | None = None
+    is_unreadable: bool = False
+    """The problem is that the system refuses to read a file, which may be sound."""
     training: bool = False
     """A writer holds its lock at this moment."""
     resumable: bool = False
@@ -56,8 +60,13 @@ class ModelEntry:
             if not isinstance(value, Mapping):
                 return None
             value = value.get(key)
-        # True is an int to Python and no loss.
-        return float(value) if isinstance(value, int | float) and value is not True else None
+        if not isinstance(value, int | float) or isinstance(value, bool):  # True is an int too
+            return None
+        try:
+            number = float(value)
+        except OverflowError:  # whole numbers of JSON have no end
+            return None
+        return number if math.isfinite(number) else None
 
 
 def list_models(models: Path) -> list[ModelEntry]:
@@ -88,11 +97,18 @@ def inspect_model(path: Path) -> ModelEntry:
                 if problem is None or is_current(config, path):
                     break
     except CheckpointError as error:
-        return ModelEntry(name=name, path=path, problem=str(error), training=training)
+        return ModelEntry(
+            name=name,
+            path=path,
+            problem=str(error),
+            is_unreadable=isinstance(error, UnreadableError),
+            training=training,
+        )
     return ModelEntry(
         name=name,
         path=path,
-        problem=problem,
+        problem=None if problem is None else str(problem),
+        is_unreadable=isinstance(problem, UnreadableError),
         training=training,
         resumable=has_trainer(path, manifest),
         architecture=manifest.architecture,
@@ -127,10 +143,10 @@ def stamp(path: Path) -> Stamp:
     return tuple(found)
 
 
-def _sizes(path: Path, manifest: Manifest) -> tuple[dict[str, int], str | None]:
+def _sizes(path: Path, manifest: Manifest) -> tuple[dict[str, int], CheckpointError | None]:
     """The size of each file that is there, and the first problem with one."""
     sizes: dict[str, int] = {}
-    fault = None
+    problems: list[CheckpointError] = []
     trainer = has_trainer(path, manifest)
     for role, record in manifest.files.items():
         if role in TRAINER_ROLES and not trainer:
@@ -138,14 +154,20 @@ def _sizes(path: Path, manifest: Manifest) -> tuple[dict[str, int], str | None]:
         try:
             sizes[record.name] = (path / record.name).stat().st_size
         except FileNotFoundError:
-            fault = f"{record.name} is missing" if fault is None else fault
+            problems.append(unusable(path, f"{record.name} is missing"))
             continue
         except OSError as error:
-            fault = f"{record.name} cannot be read ({error.strerror})" if fault is None else fault
+            problems.append(unreadable(path, record.name, error))
             continue
-        if sizes[record.name] != record.size and fault is None:
+        if sizes[record.name] != record.size:
             fault = (
                 f"{record.name} holds {sizes[record.name]:,} bytes where {CONFIG} says "
                 f"{record.size:,}"
             )
-    return sizes, None if fault is None else str(unusable(path, fault))
+            problems.append(unusable(path, fault))
+    # What claims to be far larger than it is would have others make room for it in vain.
+    weights = manifest.files["weights"]
+    if weights.size < data_bytes(manifest.architecture):
+        fault = f"{weights.name} is too small for the architecture that {CONFIG} tells of"
+        problems.append(unusable(path, fault))
+    return sizes, problems[0] if problems else None

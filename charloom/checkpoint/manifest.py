@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 from charloom.architecture import Architecture
 from charloom.checkpoint import strict_json
 from charloom.checkpoint.layout import CONFIG, PATTERNS, ROLES, TRAINER_ROLES, Role, data_name
-from charloom.errors import CheckpointError, OptionError
+from charloom.errors import CheckpointError, OptionError, UnreadableError
 
 FORMAT = "charloom"
 FORMAT_VERSION = 1
@@ -153,6 +153,13 @@ def model_fingerprint(
 def unusable(folder: Path, fault: str, remedy: str = RESTORE) -> CheckpointError:
     """The error for a model that does not verify: which folder, what is wrong, what to do."""
     return CheckpointError(f"The model in {folder} cannot be used: {fault}. {remedy}")
+
+
+def unreadable(folder: Path, name: str, error: OSError, remedy: str = RESTORE) -> UnreadableError:
+    """The error for a file of a model that the system refuses to read."""
+    return UnreadableError(
+        f"The model in {folder} cannot be used: {name} cannot be read ({error.strerror}). {remedy}"
+    )
 
 
 class _Fields:

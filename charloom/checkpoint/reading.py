@@ -26,7 +26,13 @@ from charloom.architecture import Architecture
 from charloom.checkpoint import history, strict_json
 from charloom.checkpoint.disk import open_file
 from charloom.checkpoint.layout import CONFIG, HISTORY, ROLES, TRAINER, TRAINER_ROLES, Role
-from charloom.checkpoint.manifest import MAX_CONFIG_BYTES, DataFile, Manifest, unusable
+from charloom.checkpoint.manifest import (
+    MAX_CONFIG_BYTES,
+    DataFile,
+    Manifest,
+    unreadable,
+    unusable,
+)
 from charloom.checkpoint.tensors import TOKEN_COUNTS, model_fault, unpack
 from charloom.errors import CheckpointError, ModelMissingError, ResumeError
 from charloom.tokenizer import Tokenizer, load_tokenizer
@@ -68,12 +74,12 @@ class Snapshot:
     folder: Path
     manifest: Manifest
     contents: Mapping[Role, bytes]
-    faults: Mapping[Role, str]
+    faults: Mapping[Role, CheckpointError]
 
     def content(self, role: Role) -> bytes:
         """A file's verified bytes; raises `CheckpointError`."""
         if role in self.faults:
-            raise unusable(self.folder, self.faults[role])
+            raise self.faults[role]
         return self.contents[role]
 
 
@@ -147,7 +153,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise unusable(path, f"{HISTORY} cannot be read ({error.strerror})") from error
+        raise unreadable(path, HISTORY, error) from error
     except ValueError as error:
         raise unusable(
             path, f"{HISTORY} is damaged: {error}", f"Mend or delete {HISTORY}."
@@ -185,9 +191,7 @@ def open_config(folder: Path) -> tuple[BinaryIO, bytes]:
             "Give another folder, or train the model.",
         ) from error
     except OSError as error:
-        raise unusable(
-            folder, f"{CONFIG} cannot be read ({error.strerror})", "Make it readable."
-        ) from error
+        raise unreadable(folder, CONFIG, error, "Make it readable.") from error
 
 
 def is_current(config: BinaryIO, folder: Path) -> bool:
@@ -213,7 +217,7 @@ def read_snapshot(folder: Path, roles: Iterable[Role]) -> Snapshot:
             stack.enter_context(config)
             manifest = Manifest.parse(folder, data)
             files: dict[Role, BinaryIO] = {}
-            faults: dict[Role, str] = {}
+            faults: dict[Role, CheckpointError] = {}
             missing = False
             for role in roles:
                 record = manifest.files.get(role)
@@ -222,20 +226,21 @@ def read_snapshot(folder: Path, roles: Iterable[Role]) -> Snapshot:
                 try:
                     files[role] = stack.enter_context(open_file(folder / record.name))
                 except FileNotFoundError:
-                    faults[role] = f"{record.name} is missing"
+                    faults[role] = unusable(folder, f"{record.name} is missing")
                     missing = True
                 except OSError as error:
-                    faults[role] = f"{record.name} cannot be read ({error.strerror})"
+                    faults[role] = unreadable(folder, record.name, error)
             if missing and not is_current(config, folder):
                 continue  # each turn is a commit of the writer, so this ends
             contents: dict[Role, bytes] = {}
             for role, file in files.items():
+                record = manifest.files[role]
                 try:
-                    contents[role] = _read_verified(file, manifest.files[role])
+                    contents[role] = _read_verified(file, record)
                 except OSError as error:
-                    faults[role] = f"{manifest.files[role].name} cannot be read ({error.strerror})"
+                    faults[role] = unreadable(folder, record.name, error)
                 except ValueError as error:
-                    faults[role] = f"{manifest.files[role].name} {error}"
+                    faults[role] = unusable(folder, f"{record.name} {error}")
             return Snapshot(folder=folder, manifest=manifest, contents=contents, faults=faults)
 
 

@@ -85,6 +85,14 @@ def unpack(data: bytes) -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def data_bytes(architecture: Architecture) -> int:
+    """Bytes of a model's tensors and token counts, to which a weights file adds its header."""
+    return (
+        architecture.parameters * DTYPES["F32"].itemsize
+        + architecture.vocabulary * DTYPES["I64"].itemsize
+    )
+
+
 def model_fault(arrays: Mapping[str, NDArray[Any]], architecture: Architecture) -> str | None:
     """What is wrong with a model's arrays, tensors and token counts together; None if nothing is.
 

@@ -315,8 +315,10 @@ class Engine:
         for row, unread in zip(self._batch.rows, self._batch.unread, strict=True):
             task = self._tasks[row]
             steps = max(steps, unread + task.sequence.remaining)
-            if task.request.is_streamed and not task.sequence.tokens:
-                first = min(first, unread + 1)
+            # A text that begins with nothing has its first token before the first block.
+            opened = len(task.script) == 0
+            if task.request.is_streamed and len(task.sequence.tokens) <= opened:
+                first = min(first, unread + 1 - opened)
         return min(steps, max(first, 1), BLOCK, self._batch.longest_block)
 
     def _deliver(self, task: Task, block: Block, index: int) -> None:

@@ -179,6 +179,10 @@ def fingerprint_of(kind: str, vocabulary: bytes) -> str:
     return sha256(kind.encode() + b"\0" + vocabulary).hexdigest()
 
 
+ON_THE_COMMAND_LINE = " (--unknown on the command line)"
+"""Part of the sentence about an unknown character, which a service leaves out."""
+
+
 def is_surrogate(character: str) -> bool:
     """Tell whether a code point is half of a UTF-16 pair, which alone is no text at all."""
     return "\ud800" <= character <= "\udfff"
@@ -194,6 +198,6 @@ def unknown_character(character: str, position: int) -> UnknownTextError:
     reason = "is not text" if is_surrogate(character) else "is not in the model's vocabulary"
     return UnknownTextError(
         f"The character {name_character(character)} at position {position} (counted from 0) "
-        f'{reason}; take it out, or set unknown (--unknown on the command line) to "replace" for '
-        'a stand-in or to "skip" to leave such characters out.'
+        f'{reason}; take it out, or set unknown{ON_THE_COMMAND_LINE} to "replace" for a stand-in '
+        'or to "skip" to leave such characters out.'
     )

@@ -53,5 +53,8 @@ class Background:
             result = work()
         except Exception as error:  # whose it is, `then` knows
             result = error
+        except BaseException as error:  # a library's panic: whoever waits is told all the same
+            result = RuntimeError(f"the work ended with {type(error).__name__}: {error}")
+            result.__cause__ = error
         self._done.put(partial(then, result))
         self._wake()

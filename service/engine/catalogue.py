@@ -3,7 +3,10 @@
 What a model's files look like from outside tells whether it has been committed again, or damaged,
 so a look at models that are as they were reads none of them. A model that is damaged is logged once
 and looked at again when any of its files changes; damage that changes no size is found when it is
-loaded.
+loaded. What the system refused to read may be sound, and is looked at again each time.
+
+All that is told of a model is made and encoded for trial where its folder is looked at, so that an
+odd `config.json` keeps no other model from being served.
 """
 
 import logging
@@ -13,12 +16,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from charloom import checkpoint
+from charloom.architecture import Architecture
 from charloom.checkpoint import ModelEntry, Stamp, check_name, inspect_model, model_names
 from charloom.errors import ModelMissingError, ModelNameError
-from service.messages import ModelCard
+from service.frames import FrameError, encode
+from service.messages import Answer, ModelCard, Models
 from service.settings import check_template
 
+CARD_LIMIT = 1 << 16
+"""Bytes of the longest card, of a thousand of which one message can still tell."""
+
 _log = logging.getLogger("charloom.engine")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A model that can be served, as far as can be told without reading it."""
+
+    architecture: Architecture
+    card: ModelCard
+    """As if it was not loaded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +43,10 @@ class Sight:
     """What the folder of one model held at a look: a model, or why that is none, or neither."""
 
     stamp: Stamp
-    entry: ModelEntry | None = None
+    entry: Entry | None = None
     problem: str | None = None
+    is_passing: bool = False
+    """Whether the problem may be gone the next time, though no file has changed."""
 
     @property
     def is_missing(self) -> bool:
@@ -41,14 +60,23 @@ def look(path: Path) -> Sight:
     stamp = checkpoint.stamp(path)
     try:
         check_name(path.name)
-        entry = inspect_model(path)
+        found = inspect_model(path)
+        if found.problem is not None:
+            return Sight(stamp=stamp, problem=found.problem, is_passing=found.is_unreadable)
+        return Sight(stamp=stamp, entry=_describe(path.name, found))
     except ModelNameError as error:
         return Sight(stamp=stamp, problem=str(error))
     except ModelMissingError:
         return Sight(stamp=stamp)
-    if entry.problem is not None:
-        return Sight(stamp=stamp, problem=entry.problem)
-    return Sight(stamp=stamp, entry=entry)
+    except FrameError as error:
+        problem = f"What its config.json says cannot be told to clients: {error}"
+        return Sight(stamp=stamp, problem=problem)
+    except Exception as error:  # one odd folder is no reason to look at no other
+        is_passing = isinstance(error, MemoryError | OSError)
+        if not is_passing:  # else it would be told at each look
+            _log.error("Looking at the model %r has failed.", path.name, exc_info=error)
+        problem = f"it cannot be looked at ({type(error).__name__}: {error})"
+        return Sight(stamp=stamp, problem=problem, is_passing=is_passing)
 
 
 class Catalogue:
@@ -56,7 +84,7 @@ class Catalogue:
 
     def __init__(self, models: Path) -> None:
         self._models = models
-        self._entries: dict[str, ModelEntry] = {}
+        self._entries: dict[str, Entry] = {}
         self._broken: dict[str, str] = {}
         self._stamps: dict[str, Stamp] = {}
         self._obstacle: str | None = None
@@ -64,8 +92,8 @@ class Catalogue:
         """How often something was noted from outside a scan."""
 
     @property
-    def entries(self) -> Mapping[str, ModelEntry]:
-        """The models that can be served, by name, as far as can be told without reading them."""
+    def entries(self) -> Mapping[str, Entry]:
+        """The models that can be served, by name."""
         return self._entries
 
     @property
@@ -119,27 +147,37 @@ class Catalogue:
             return False
         return name not in self._entries and name not in self._broken
 
-    def renew(self, name: str, sight: Sight) -> ModelEntry | None:
+    def may_be_sound(self, name: str) -> bool:
+        """Whether a model is broken only as far as could be told so far."""
+        return name in self._broken and name not in self._stamps
+
+    def renew(self, name: str, sight: Sight) -> Entry | None:
         """A model that can be served, by a look that came after the last scan."""
         self.changes += 1
         self._note(name, sight)
-        return sight.entry
+        return self._entries.get(name)
 
     def reject(self, name: str, reason: str, stamp: Stamp) -> None:
         """Serve a model no more until its files, which had this stamp, change."""
         self.changes += 1
         self._note_broken(name, reason, stamp)
 
-    def _note_broken(self, name: str, reason: str, stamp: Stamp) -> None:
+    def _note_broken(self, name: str, reason: str, stamp: Stamp | None) -> None:
+        """Take a model out; without a stamp it is looked at again each time."""
         if self._broken.get(name) != reason:
             _log.error("The model %r is not served: %s", name, reason)
         self._broken[name] = reason
-        self._stamps[name] = stamp
         self._entries.pop(name, None)
+        self._stamps.pop(name, None)
+        if stamp is not None:
+            self._stamps[name] = stamp
 
     def _note(self, name: str, sight: Sight) -> None:
         """Take over what was seen of a folder."""
-        if sight.problem is not None:
+        if sight.problem is not None and sight.is_passing:
+            if name not in self._entries:  # what was sound is taken for sound until it is read
+                self._note_broken(name, sight.problem, None)
+        elif sight.problem is not None:
             self._note_broken(name, sight.problem, sight.stamp)
         elif sight.entry is None:
             self._forget(name)
@@ -154,15 +192,17 @@ class Catalogue:
             known.pop(name, None)
 
 
-def describe(name: str, entry: ModelEntry, *, is_loaded: bool) -> ModelCard:
-    """The card of a model that can be served."""
+def _describe(name: str, entry: ModelEntry) -> Entry:
+    """What is told of a model without a problem; raises `FrameError` where it has no encoding or
+    would crowd out what is told of others.
+    """
     architecture, created = entry.architecture, entry.created
     assert architecture is not None, "of a model without a problem all facts are known"
     assert created is not None
     assert entry.fingerprint is not None
     assert entry.tokenizer is not None
     assert entry.documents is not None
-    return ModelCard(
+    card = ModelCard(
         name=name,
         created=_seconds(created),
         fingerprint=entry.fingerprint,
@@ -172,9 +212,13 @@ def describe(name: str, entry: ModelEntry, *, is_loaded: bool) -> ModelCard:
         vocabulary=architecture.vocabulary,
         documents=entry.documents,
         bits_per_character=entry.bits_per_character,
-        is_loaded=is_loaded,
+        is_loaded=False,
         chat_template=_template(entry),
     )
+    size = len(encode(Answer(id=0, body=Models(cards=[card]))))
+    if size > CARD_LIMIT:
+        raise FrameError(f"It takes {size:,} bytes, and may take {CARD_LIMIT:,}.")
+    return Entry(architecture=architecture, card=card)
 
 
 def _seconds(created: str) -> int:

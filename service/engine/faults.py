@@ -10,6 +10,7 @@ from charloom.errors import (
     OptionError,
     UnknownTextError,
 )
+from charloom.tokenizer.base import ON_THE_COMMAND_LINE
 from service.errors import RequestError, failed, invalid, unavailable
 
 _log = logging.getLogger("charloom.engine")
@@ -23,7 +24,7 @@ def explain(error: BaseException, *, param: str | None = None) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, OptionError | UnknownTextError):
-        return invalid(str(error), param=param)
+        return invalid(worded(error), param=param)
     if isinstance(error, ClosedError):
         return unavailable("The model is being unloaded; send the request again.", code="unloading")
     _log.error("A request has failed.", exc_info=error)
@@ -37,3 +38,8 @@ def explain(error: BaseException, *, param: str | None = None) -> RequestError:
     if isinstance(error, CharloomError):
         return failed(str(error))
     return failed("The engine failed on this request; the service's log says more.")
+
+
+def worded(error: OptionError | UnknownTextError) -> str:
+    """The sentence about what cannot be used, without what helps on a command line alone."""
+    return str(error).replace(ON_THE_COMMAND_LINE, "")

@@ -197,7 +197,7 @@ class ScoreWork(Reading):
             except CharloomError as error:
                 raise _named(error, number, len(ask.texts), param="text") from error
         top = min(ask.top, served.model.tokenizer.vocabulary_size)
-        numbers = _count(sum(map(len, self._tokens)), each=5 + 2 * top, param="text")
+        numbers = _count(sum(map(len, self._tokens)), each=5 + 2 * top, param="text", top=top)
         cost = sum(max(len(text), 1) for text in self._tokens)
         super().__init__(served, ask, now, cost=cost, numbers=numbers)
 
@@ -308,13 +308,15 @@ def _named(error: CharloomError, number: int, count: int, *, param: str) -> Requ
     return invalid(f"{param} {number} (counted from 0): {refusal}", param=param)
 
 
-def _count(tokens: int, *, each: int, param: str) -> int:
-    """How many numbers an answer holds; raises `RequestError` where they would fill the memory."""
+def _count(tokens: int, *, each: int, param: str, top: int = 0) -> int:
+    """How many numbers an answer holds, of which each token has `each`, for its `top` alternatives
+    too; raises `RequestError` where they would fill the memory.
+    """
     if tokens * each > NUMBERS_LIMIT:
+        fewer = ", or ask for fewer alternatives" if top > 0 else ""
         raise invalid(
             f"{param} has {tokens} tokens, and with {each} numbers for each an answer may be "
-            f"about {NUMBERS_LIMIT // each}; send less text at a time, or ask for fewer "
-            "alternatives.",
+            f"about {NUMBERS_LIMIT // each}; send less text at a time{fewer}.",
             param=param,
             code="too_much_work",
         )

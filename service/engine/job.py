@@ -114,8 +114,8 @@ class Job:
             param, problem = (
                 "logprobs",
                 f"The request may come to {numbers} log-probabilities ({1 + top} of each "
-                f"of {cost} tokens), and a request may ask for {NUMBERS_LIMIT}; ask for fewer "
-                "alternatives or shorter texts.",
+                f"of {cost} tokens), and a request may ask for {NUMBERS_LIMIT}; ask for "
+                f"{'fewer alternatives or ' if top > 0 else ''}shorter texts.",
             )
         else:
             return cost, numbers
@@ -352,6 +352,16 @@ class Job:
 
 
 def _bias(model: Model, order: Submit) -> NDArray[np.float32] | None:
+    size = model.tokenizer.vocabulary_size
+    given = order.params.logit_bias
+    strangers = [name for name in given or () if isinstance(name, int) and name >= size]
+    if strangers:  # the model's own sentence would advise texts too, which no request may give
+        problems = [
+            f"logit_bias names {name}, which is no token of this model; give numbers from 0 to "
+            f"{size - 1}."
+            for name in strangers
+        ]
+        raise invalid_all([("logit_bias", problem) for problem in problems])
     try:
         return model.bias(order.params)
     except OptionError as error:

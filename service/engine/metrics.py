@@ -157,9 +157,7 @@ class Metrics:
 
     def refuse(self, problem: Problem, *, is_request: bool) -> None:
         """Count what was not admitted; a question is not among the requests."""
-        self._refusals.labels(problem.code or problem.type).inc()
-        if is_request:
-            self._requests.labels("refused").inc()
+        self._refuse(problem.code or problem.type, is_request=is_request)
 
     def finish(self, job: Job, now: float) -> None:
         """Count a request that has come to its end."""
@@ -182,10 +180,12 @@ class Metrics:
         self._batch_rows.observe(rows)
 
     def tally(self, message: Tally) -> None:
-        """Count what a worker has answered."""
+        """Count what a worker has answered, and refused without asking the engine."""
         for route, method, status, seconds in message.answers:
             self._http_answers.labels(route, method, str(status)).inc()
             self._http_seconds.labels(route, method).observe(seconds)
+        for refusal in message.refusals:
+            self._refuse(refusal.code, is_request=refusal.is_request)
 
     def text(self) -> str:
         """All of it in Prometheus' text format, as it was a second ago at most."""
@@ -193,6 +193,11 @@ class Metrics:
         if now - self._made_at >= TEXT_AGE:
             self._text, self._made_at = generate_latest(self._registry).decode(), now
         return self._text
+
+    def _refuse(self, code: str, *, is_request: bool) -> None:
+        self._refusals.labels(code).inc()
+        if is_request:
+            self._requests.labels("refused").inc()
 
     def _counter(self, name: str) -> Counter:
         _, labels, text = METRICS[name]

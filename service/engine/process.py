@@ -232,9 +232,6 @@ class EngineProcess:
     def _greet(self, worker: Peer, hello: Hello) -> None:
         """Tell a worker what is spoken and gone by here; to whom that is nothing has to go."""
         worker.is_greeted, worker.pid = True, hello.pid
-        if hello.settings != self._digest:
-            # The folder's name may have become a link to another, where this engine reads too.
-            self._digest = engine_digest(self._settings)
         worker.send(Welcome(version=VERSION, pid=os.getpid(), settings=self._digest))
         if hello.version != VERSION:
             _log.error(
@@ -319,7 +316,7 @@ class EngineProcess:
             active=self._active,
             waiting=self._reception.waiting,
             queue=self._settings.queue,
-            models=len(self._shelf.cards()),
+            models=self._shelf.count,
             can_count=not self._quota.is_away,
             step_age=self._clock() - self._looked_at,
         )
@@ -337,7 +334,7 @@ class EngineProcess:
         yield "charloom_workers", (), len(self._workers)
         yield "charloom_waiting_requests", (), self._reception.waiting
         yield "charloom_active_texts", (), self._active
-        yield "charloom_models_served", (), len(self._shelf.cards())
+        yield "charloom_models_served", (), self._shelf.count
         yield "charloom_models_loaded", (), len(in_memory)
         yield "charloom_models_broken", (), len(self._shelf.broken)
         # Versions of one model have one name.

@@ -156,7 +156,7 @@ class Quota:
         if windows is not None:
             self._windows = windows
         else:
-            self._windows = MemoryWindows() if self._is_local else _open(storage_uri)
+            self._windows = MemoryWindows(clock) if self._is_local else _open(storage_uri)
 
     def charge(self, owner: str, tokens: int, then: Answer) -> None:
         """Take a request and its tokens from the owner's budget, both or neither.

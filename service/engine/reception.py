@@ -38,7 +38,7 @@ from service.engine.places import Places
 from service.engine.quota import Quota
 from service.engine.shelf import Served, Shelf
 from service.errors import RequestError, invalid, unavailable
-from service.frames import FrameError, encode
+from service.frames import FrameTooLongError, encode
 from service.messages import (
     PROMPTS_LIMIT,
     Answer,
@@ -375,10 +375,13 @@ def _encode(served: Served, ask: Inquiry, now: float) -> Work:
 
 
 def _word(number: int, answer: Callable[[], Body]) -> bytes:
-    """Make an answer and encode it; raises `RequestError`."""
+    """Make an answer and encode it.
+
+    Raises `RequestError`, and `FrameError` for a value that cannot be told: no fault of who asks.
+    """
     body = answer()
     try:
         return encode(Answer(id=number, body=body))
-    except FrameError as error:
+    except FrameTooLongError as error:
         problem = f"The answer is too long: {error} Ask for less at a time."
         raise invalid(problem, code="too_much_work") from error

@@ -2,7 +2,8 @@
 
 When a model's folder holds another version, that is loaded for those who ask from then on, while
 texts under way go on with the old one, which is *retired* and goes with its last user. What does
-not verify is never served.
+not verify is never served. What cannot be loaded for want of memory, or because the system refuses
+to read its files, may be sound: after some seconds it is tried again for who asks.
 
 Models stay as long as they fit the bytes they may take together. Then those go that nobody uses,
 the one used least recently first. What does not fit beside models in use is refused for the moment,
@@ -23,15 +24,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from charloom import checkpoint
-from charloom.checkpoint import ModelEntry, Stamp
+from charloom.checkpoint import Stamp
 from charloom.decoding.decoder import choose_kernel
-from charloom.errors import CharloomError
+from charloom.errors import CharloomError, UnreadableError
 from charloom.model import Model
 from charloom.params import Precision
 from charloom.processors import available_threads
 from service.engine.background import Background
-from service.engine.catalogue import Catalogue, Sight, describe, look
+from service.engine.catalogue import Catalogue, Entry, Sight, look
 from service.engine.footprint import estimate
 from service.errors import RequestError, failed, unavailable, unknown_model
 from service.messages import ModelCard
@@ -42,6 +45,9 @@ SCAN_INTERVAL = 1.0
 
 SEEK_PAUSE = 0.25
 """Seconds after a look in which unknown names wait, and begin no other."""
+
+RETRY_PAUSE = 5.0
+"""Seconds for which a model is not loaded after there was no memory, file or permission for it."""
 
 _log = logging.getLogger("charloom.engine")
 
@@ -147,6 +153,8 @@ class Shelf:
         self._loaded: dict[str, Served] = {}
         self._retired: list[Served] = []
         self._loading: dict[str, _Load] = {}
+        # Until when models are not tried again that might have been loaded at another time.
+        self._rests: dict[str, float] = {}
         self._catalogue.scan()
         self._next_scan = clock() + SCAN_INTERVAL
         self._next_seek = -math.inf
@@ -192,17 +200,19 @@ class Shelf:
             self._next_scan = min(self._next_scan, self._next_seek)
             self._scan_when_due()
 
+    @property
+    def count(self) -> int:
+        """How many models can be served."""
+        return len(self._catalogue.entries)
+
     def cards(self) -> list[ModelCard]:
         """All models that can be served, by name."""
-        return [
-            describe(name, entry, is_loaded=name in self._loaded)
-            for name, entry in sorted(self._catalogue.entries.items())
-        ]
+        return [self._card(entry) for _, entry in sorted(self._catalogue.entries.items())]
 
     def card(self, name: str) -> ModelCard | None:
         """One of them, as of the last look; None where there is none of that name."""
         entry = self._catalogue.entries.get(name)
-        return None if entry is None else describe(name, entry, is_loaded=name in self._loaded)
+        return None if entry is None else self._card(entry)
 
     def in_memory(self) -> tuple[Served, ...]:
         """All that is loaded, retired versions with users included."""
@@ -224,6 +234,9 @@ class Shelf:
         self._loading.clear()
         self._loaded.clear()
         self._retired.clear()
+
+    def _card(self, entry: Entry) -> ModelCard:
+        return _loaded_card(entry) if entry.card.name in self._loaded else entry.card
 
     def _preload(self) -> None:
         """Load what the settings name, and a model that is the only one."""
@@ -247,7 +260,7 @@ class Shelf:
             then(self._loaded[name])
         elif entry is not None and name in self._loading:
             self._loading[name].waiting.append(then)
-        elif entry is None or not self._load(name, entry, then):
+        elif entry is None or self._rest(name) > 0 or not self._load(name, entry, then):
             then(self._refusal(name))
 
     def _scan_when_due(self) -> None:
@@ -280,10 +293,11 @@ class Shelf:
 
     def _follow(self) -> None:
         """Retire what the folder no longer holds, and load the version that it holds instead."""
+        self._rests = {name: until for name, until in self._rests.items() if self._rest(name) > 0}
         for name, served in list(self._loaded.items()):
             entry = self._catalogue.entries.get(name)
-            if entry is not None and entry.fingerprint == served.fingerprint:
-                served.card = describe(name, entry, is_loaded=True)
+            if entry is not None and entry.card.fingerprint == served.fingerprint:
+                served.card = _loaded_card(entry)
                 continue
             del self._loaded[name]
             if served.users:
@@ -292,9 +306,8 @@ class Shelf:
             if entry is not None:
                 self._load(name, entry)  # where there is no memory, whoever asks next tries again
 
-    def _load(self, name: str, entry: ModelEntry, *waiting: Then) -> bool:
+    def _load(self, name: str, entry: Entry, *waiting: Then) -> bool:
         """Begin to load a model; False where there is no memory for it now."""
-        assert entry.architecture is not None, "of a model without a problem all facts are known"
         need = estimate(
             entry.architecture,
             [choose_kernel(self._settings.precision)],
@@ -323,9 +336,11 @@ class Shelf:
         del self._loading[name]
         found: Served | None = None
         if isinstance(opening, Exception):  # a defect, which says nothing of the files
-            self._reject(name, opening, ())
+            self._put_off(name, opening)
         elif isinstance(opening.result, Model):
             found = self._receive(name, opening.result, opening.after)
+        elif _is_passing(opening.result):
+            self._put_off(name, opening.result)
         elif opening.before == opening.after.stamp and not opening.after.is_missing:
             self._reject(name, opening.result, opening.before)
         else:  # what could not be read is no longer there
@@ -343,22 +358,41 @@ class Shelf:
             reason = f"it cannot be loaded ({type(error).__name__})"
         self._catalogue.reject(name, reason, stamp)
 
+    def _put_off(self, name: str, error: Exception) -> None:
+        """Leave a model alone for a while that may be sound."""
+        cause = None if isinstance(error, CharloomError) else error
+        reason = str(error) if cause is None else type(error).__name__
+        _log.error("The model %r cannot be loaded at the moment: %s", name, reason, exc_info=cause)
+        self._rests[name] = self._clock() + RETRY_PAUSE
+
+    def _rest(self, name: str) -> float:
+        """Seconds for which a model is still left alone."""
+        return self._rests.get(name, -math.inf) - self._clock()
+
     def _receive(self, name: str, model: Model, sight: Sight) -> Served | None:
         """Put a model on the shelf; None where its folder has been removed or damaged meanwhile."""
         entry = self._catalogue.entries.get(name)
-        if entry is not None and entry.fingerprint != model.fingerprint:
+        if entry is not None and entry.card.fingerprint != model.fingerprint:
             # Committed again since the last scan. Should it happen once more, the next one sees it.
             entry = self._catalogue.renew(name, sight)
         if entry is None:
             return None
-        card = describe(name, entry, is_loaded=True)
+        card = _loaded_card(entry)
         self._loaded[name] = served = Served(card, model, self._settings, clock=self._clock)
         _log.info("The model %r of fingerprint %s is loaded.", name, model.fingerprint)
         return served
 
     def _refusal(self, name: str) -> RequestError:
         """Why somebody gets no model."""
-        if name in self._catalogue.entries:
+        is_known, rest = name in self._catalogue.entries, self._rest(name)
+        if self._catalogue.may_be_sound(name) or (is_known and rest > 0):
+            return unavailable(
+                f"The model {name!r} cannot be loaded at the moment, and the service's log says "
+                "why; ask again in some seconds.",
+                code="model_unavailable",
+                retry_after=rest if rest > 0 else SCAN_INTERVAL,
+            )
+        if is_known:
             return unavailable(
                 f"There is no memory for the model {name!r} beside those in use; ask again when "
                 "they are done.",
@@ -398,6 +432,16 @@ class Shelf:
     def _coming(self) -> int:
         """The memory that models on their way will take."""
         return sum(load.bytes for load in self._loading.values())
+
+
+def _loaded_card(entry: Entry) -> ModelCard:
+    """The card of a model that is in memory."""
+    return msgspec.structs.replace(entry.card, is_loaded=True)
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether what a load failed with says nothing about what is in the files."""
+    return isinstance(error, MemoryError | OSError | UnreadableError)
 
 
 def _open(

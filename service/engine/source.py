@@ -10,6 +10,7 @@ from charloom.decoding.request import Handle, Prompt
 from charloom.errors import OptionError, UnknownTextError
 from charloom.tokenizer import Tokenizer
 from service.engine.choice import Choice
+from service.engine.faults import worded
 from service.engine.judgement import Judgement, judge_prompt
 from service.errors import invalid
 from service.messages import PROMPTS_LIMIT, Submit
@@ -75,7 +76,7 @@ def _encode(given: Given, name: str, order: Submit, tokenizer: Tokenizer) -> NDA
         try:
             return tokenizer.encode(given, unknown=order.params.unknown)
         except (UnknownTextError, OptionError) as error:
-            raise invalid(f"{name}: {error}", param="prompt") from error
+            raise invalid(f"{name}: {worded(error)}", param="prompt") from error
     if not given:
         raise invalid(
             f"{name} is an empty list of tokens; give at least one, or an empty text.",
@@ -84,7 +85,7 @@ def _encode(given: Given, name: str, order: Submit, tokenizer: Tokenizer) -> NDA
     try:
         return tokenizer.check(given).astype(np.int32)
     except OptionError as error:
-        raise invalid(f"{name}: {error}", param="prompt") from error
+        raise invalid(f"{name}: {worded(error)}", param="prompt") from error
 
 
 def _spell(given: Given, ids: list[int], tokenizer: Tokenizer) -> list[str]:

@@ -26,15 +26,15 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from service import logs
 from service import settings as environment
-from service.errors import ErrorType, Problem, RequestError, failed, unavailable
+from service.errors import ErrorType, Problem, RequestError, failed
 from service.launch import claim_socket, engine_digest, ensure_engine
 from service.link import Link
 from service.settings import Problems, Settings
 from service.web import body, completions, drain, inspection, load, operations, specification
 from service.web.access import Access
 from service.web.client import Client
-from service.web.context import NAME, Service
-from service.web.exchange import exchange
+from service.web.context import NAME, Service, current
+from service.web.exchange import exchange, turned_away
 from service.web.journal import Journal
 from service.web.wire.errors import ErrorBody, envelope
 
@@ -51,10 +51,7 @@ Nothing here asks a browser for https, since the service may well stand on a pla
 """
 
 LONGEST_REST = 1.0
-"""Seconds that a connection waits at most whose client asks again before it should.
-
-A proxy may have many clients' requests on one connection.
-"""
+"""Seconds that a connection waits at most whose client asks again before it should."""
 
 _log = structlog.get_logger("service.web")
 
@@ -79,7 +76,7 @@ def create_app(settings: Settings | None = None, link: Link | None = None) -> Op
         link = Link(
             path,
             start=partial(ensure_engine, settings),
-            settings=partial(engine_digest, settings),
+            settings=engine_digest(settings),
         )
     app = OpenAPI(
         __name__,
@@ -127,11 +124,11 @@ def _turn_away() -> None:
     if request.method != "POST":
         return
     if drain.current().is_on:
-        raise unavailable(
+        raise turned_away(
             "This worker is stopping; ask again, and another one answers.", code="draining"
         )
     if load.current().is_beyond:
-        raise unavailable(
+        raise turned_away(
             "As many requests are under way as may be; ask again in a moment.", code="queue_full"
         )
 
@@ -169,6 +166,7 @@ def _allow_origins(app: Flask, origins: list[str]) -> None:
         origins="*"
         if "*" in origins
         else [re.compile(rf"{re.escape(origin)}\Z", re.IGNORECASE) for origin in origins],
+        methods=["GET", "HEAD", "POST", "OPTIONS"],
         expose_headers=["x-request-id", "Retry-After", "x-should-retry"],
         max_age=600,
     )
@@ -187,7 +185,9 @@ def _answer(problem: Problem) -> Response:
     )
     if problem.retry_after is not None:
         response.headers["Retry-After"] = str(max(math.ceil(problem.retry_after), 1))
-        Client.current().rest(min(problem.retry_after, LONGEST_REST))
+        # Not by what one owner was told: a connection may be a pool's, a proxy's is everybody's.
+        if problem.code == "queue_full" and current().settings.proxies == 0:
+            Client.current().rest(min(problem.retry_after, LONGEST_REST))
     if problem.status == HTTPStatus.UNAUTHORIZED:
         response.headers["WWW-Authenticate"] = "Bearer"
     if problem.recurs:

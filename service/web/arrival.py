@@ -6,7 +6,8 @@ thread. Here the event loop gathers the head, which costs no thread, a thread wa
 until a deadline and for the client to take something only so long; and no close waits at all.
 
 gunicorn also says in an answer's head that the connection stays, and then closes it where the
-application has left more of the body than it cares to read. Here that is known beforehand.
+application has left more of the body than it cares to read. Here that is known beforehand, and the
+little that is left is passed over by the event loop too, before it gathers the next head.
 """
 
 import errno
@@ -43,6 +44,8 @@ _END = b"\r\n\r\n"
 class Head(Enum):
     """What is there of a request's head."""
 
+    NONE = "none"
+    """Nothing; but the last body, which it follows, is over."""
     PARTIAL = "partial"
     COMPLETE = "complete"
     TOO_LONG = "too long"
@@ -52,12 +55,12 @@ class Head(Enum):
 class ClientSocket(DeadlineSocket):
     """A socket that gathers a request's head without waiting, and sends with patience.
 
-    `recv` gives what was gathered first. `sendall` raises BrokenPipeError, which gunicorn and the
+    `recv` gives first what was gathered. `sendall` raises BrokenPipeError, which gunicorn and the
     application take for a client that left, where for `patience` seconds nothing could be sent; it
     then resets the connection, so that the system forgets what it still holds.
     """
 
-    __slots__ = ("_gathered", "_patience", "began")
+    __slots__ = ("_gathered", "_owed", "_patience", "began")
 
     began: float
     """When the request that it is at began, by `time.perf_counter`."""
@@ -66,6 +69,7 @@ class ClientSocket(DeadlineSocket):
         """Take over the connection of a socket, which is closed by that."""
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
         self._gathered = bytearray()
+        self._owed = 0
         self._patience = patience
         # The kernel counts, so that a write costs no system call beside itself.
         timeval = struct.pack("@ll", *divmod(math.ceil(patience * 1e6), 10**6))
@@ -86,23 +90,43 @@ class ClientSocket(DeadlineSocket):
         return len(self._gathered) > 0
 
     @property
+    def has_more(self) -> bool:
+        """Whether the last request's body goes on, or something of the next has been gathered."""
+        return self._owed > 0 or self.has_begun
+
+    @property
     def has_to_rest(self) -> bool:
         """Whether the request that was gathered is to wait; one that only looks need not."""
         return self._gathered.startswith(b"POST ") and time.monotonic() < self.rests_until
 
+    def put_back(self, data: bytes, owed: int) -> None:
+        """Let these bytes come before those that are still to arrive; the first `owed` of them all
+        are the end of a body that nobody reads.
+        """
+        self._gathered[:0] = data
+        self._owed = max(0, owed - len(self._gathered))
+        del self._gathered[:owed]
+
     def gather(self) -> Head:
-        """Take what has arrived of a request's head, and not a byte of what follows it.
+        """Take what has arrived of a request's head, and not a byte of what follows it; where the
+        last body goes on, pass over that alone.
 
         The socket must not be blocking.
         """
+        if _END in self._gathered:
+            return Head.COMPLETE  # it was put back
+        size, flags = (self._owed, 0) if self._owed else (HEAD_LIMIT, socket.MSG_PEEK)
         try:
-            data = socket.socket.recv(self, HEAD_LIMIT, socket.MSG_PEEK)
+            data = socket.socket.recv(self, size, flags)
         except BlockingIOError:
             return Head.PARTIAL
         except OSError:
             return Head.LOST
         if not data:
             return Head.LOST
+        if self._owed:
+            self._owed -= len(data)
+            return Head.PARTIAL if self._owed else Head.NONE
         begun = len(self._gathered)
         self._gathered += data
         end = self._gathered.find(_END, max(0, begun - len(_END) + 1))
@@ -141,18 +165,19 @@ class Request(ParsedRequest):  # type: ignore[misc] # gunicorn carries no types
 
     def should_close(self) -> bool:
         """Whether nothing can follow on its connection; asked when the head is written."""
-        if not self.must_close and self._is_adrift():
+        if not self.must_close and self.owed > UNREAD:
             self.force_close()  # as the head says, even if more of the body should be read yet
         return bool(super().should_close())
 
-    def _is_adrift(self) -> bool:
-        """Whether the next request begins nobody knows where, or too far away."""
-        if self.body.failed:
-            return True
+    @property
+    def owed(self) -> float:
+        """Bytes of its body before the next request; infinitely many where nobody knows."""
         reader = self.body.reader
+        if self.body.failed:
+            return math.inf
         if isinstance(reader, LengthReader):
-            return bool(reader.length > UNREAD)
-        return reader.parser is not None  # of a body in chunks the length is known at its end
+            return int(reader.length)
+        return math.inf if reader.parser else 0  # that of chunks, whose sum is known at their end
 
 
 class _Parser(RequestParser):  # type: ignore[misc] # gunicorn carries no types
@@ -185,6 +210,14 @@ class ClientConnection(TConn):  # type: ignore[misc] # gunicorn carries no types
         self.sock.began = time.perf_counter()
         self.sock.receive_whenever()
         self.sock.receive_within(seconds)
+
+    def rewind(self) -> bool:
+        """Give back what was read ahead of the request that was answered; whether its body goes on,
+        or the next request has begun.
+        """
+        request, self.parser.mesg = self.parser.mesg, None  # or a thread would wait for its body
+        self.sock.put_back(self.parser.unreader.take_buffered(), int(request.owed))
+        return self.sock.has_more
 
     def close(self, graceful: bool = False) -> None:
         """Close at once, or when the client has: gunicorn's own way holds up the event loop."""

@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import msgspec
 from flask import request
@@ -31,11 +31,23 @@ from werkzeug.wsgi import get_content_length
 
 from service.errors import TOLD, Problem, RequestError, invalid, invalid_all
 from service.settings import Settings
-from service.web import context
+from service.web import context, load
 from service.web.client import Client
+from service.web.exchange import turned_away
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+UNCOUNTED = 64 << 10
+"""Bytes of a body that count for nothing: the number of threads bounds them well enough."""
+
+BODIES = 32 << 20
+"""Bytes of the larger bodies that a worker holds at a time, or one that is allowed to be larger.
+
+32 requests of a million ASCII characters, the most that `work` lets one ask for by default. A byte
+of text takes 3 to 7 in the worker at the peak, one of a list of numbers up to 13: 0.4 GB, beside
+which a container of 2 GB has room for the engine and the gigabyte of models that it may load.
+"""
 
 OBJECT_LIMIT = 2048
 """Fields of the largest object: each may become a problem that pydantic keeps a record of."""
@@ -89,11 +101,13 @@ def dump(value: object) -> bytes:
 def parse(data: bytes, *, depth: int) -> Any:
     """The value of a JSON text nested at most `depth` deep; raises `RequestError`."""
     try:
-        text = data.decode("utf-8")
+        # RFC 8259, 8.1: a byte order mark may be passed over; some tools of Windows write one.
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise invalid(
             f"The body is not UTF-8, from its byte {error.start} on; send JSON in UTF-8."
         ) from error
+    del data  # as large as what is made of it here
     if not text.strip():
         raise invalid("The body is empty; send a JSON object.")
     if _count_nodes(text) > NODE_LIMIT:
@@ -150,7 +164,7 @@ def _receive(settings: Settings) -> bytes:
         length = limit + 1 if "wsgi.input_terminated" in environ else 0
     try:
         with Client.current().receiving(settings.receive_timeout):
-            data = bytes(environ["wsgi.input"].read(length))
+            data = _take(environ["wsgi.input"], length, max(BODIES, limit))
     except TimeoutError as error:
         raise _refusal(
             408,
@@ -165,6 +179,25 @@ def _receive(settings: Settings) -> bytes:
         )
     if len(data) > limit:
         raise _too_large(limit)
+    return data
+
+
+def _take(stream: IO[bytes], length: int, most: int) -> bytes:
+    """Up to `length` bytes; raises `RequestError` where all bodies would have more than `most`.
+
+    Room is taken for a large body once its beginning is there: it costs more than to announce one.
+    """
+    data = bytes(stream.read(min(length, UNCOUNTED)))
+    if len(data) < UNCOUNTED or length == UNCOUNTED:
+        return data
+    bodies = load.current()
+    if not bodies.hold(min(length, most), limit=most):
+        raise turned_away(
+            "As many large bodies are under way as may be; ask again in a moment.",
+            code="queue_full",
+        )
+    data += stream.read(length - UNCOUNTED)
+    bodies.hold(len(data), limit=most)  # of one in chunks only the most was known
     return data
 
 

@@ -20,7 +20,7 @@ from service.web import stream
 from service.web.access import owner
 from service.web.body import dump, with_body
 from service.web.context import current
-from service.web.exchange import exchange
+from service.web.exchange import WRITING, exchange
 from service.web.waiting import Waiting, Watch
 from service.web.wire.chat import ChatCompletion, ChatEvent, ChatReply, ChatRequest
 from service.web.wire.completions import (
@@ -32,7 +32,7 @@ from service.web.wire.completions import (
 from service.web.wire.writing import Reply, WritingRequest
 
 blueprint = APIBlueprint(
-    "completions",
+    WRITING,
     __name__,
     abp_tags=[{"name": "Completions", "description": "Texts that a model writes."}],
 )

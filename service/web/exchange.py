@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 from typing import cast
 
-from flask import g
+from flask import g, request
 
-from service.messages import Prompt
+from service.errors import RequestError, unavailable
+from service.messages import Prompt, TurnedAway
 
-NOTED = 100
-"""Tokens of a prompt that the journal keeps."""
+WRITING = "completions"
+"""The blueprint whose routes have texts written: what the engine counts as requests."""
+
+NOTED = 200
+"""Characters or tokens of a prompt that are kept: an exchange outlives the request's body."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,15 +32,23 @@ class Exchange:
     completion_tokens: int | None = None
     outcome: str | None = None
     """What became of the request where its status does not say, such as "cancelled"."""
+    refusal: TurnedAway | None = None
+    """For the engine to count, where it was refused before the engine heard of it."""
     prompt: str | None = None
-    """Written down only where the settings ask for it."""
+    """Its beginning, written down only where the settings ask for it."""
 
     def ask(self, model: str, prompt: Prompt) -> None:
-        """Note what is asked: of a list of tokens, the first ones."""
+        """Note what is asked: of a prompt, the beginning."""
         self.model = model
-        self.prompt = prompt if isinstance(prompt, str) else str(prompt[:NOTED])
+        self.prompt = prompt[:NOTED] if isinstance(prompt, str) else str(prompt[:NOTED])
 
 
 def exchange() -> Exchange:
     """The exchange that this request opened."""
     return cast(Exchange, g.exchange)
+
+
+def turned_away(message: str, *, code: str) -> RequestError:
+    """A refusal of this worker's own, noted for the engine to count among its own."""
+    exchange().refusal = TurnedAway(code=code, is_request=request.blueprint == WRITING)
+    return unavailable(message, code=code)

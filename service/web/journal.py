@@ -60,6 +60,7 @@ class Journal:
         method = _known(request.method)
         route = _UNKNOWN if rule is None else rule.rule
         path = request.path if rule is None else None
+        status = response.status_code  # not the answer itself: it holds `close`, and all would stay
         log = self._log.debug if request.endpoint in _PROBES else self._log.info
 
         def close() -> None:
@@ -67,7 +68,7 @@ class Journal:
             fields = {
                 "method": method,
                 "route": route,
-                "status": response.status_code,
+                "status": status,
                 "seconds": round(seconds, 6),
                 "id": this.id,
                 "owner": sender,
@@ -80,7 +81,7 @@ class Journal:
             if self._tells_prompts and this.prompt is not None:
                 fields["prompt"] = this.prompt[:PROMPT_LIMIT]
             log("answered", **{name: value for name, value in fields.items() if value is not None})
-            self._tally(route, method, response.status_code, seconds)
+            self._tally(route, method, status, seconds, this.refusal)
 
         response.call_on_close(close)
         return response

@@ -1,9 +1,11 @@
-"""How many of a worker's threads are taken by requests that may last.
+"""How much of a worker is taken by requests that may last: of its threads, and of its memory.
 
 A request that writes holds its thread until its last byte has gone, and a client may begin as many
 as it likes. So a worker counts the POSTs under way and puts their number into the environment of
 each request; beyond a limit they are refused at once, and the threads that are left answer whether
 the service is well. A server that puts none, such as a test's client, is never full.
+
+What a body became, texts and lists, lives as long as its request, so its bytes count as long.
 """
 
 import math
@@ -23,6 +25,8 @@ class Load:
     def __init__(self, limit: float) -> None:
         self._limit = limit
         self._count = 0
+        self._bytes: dict[int, int] = {}
+        """Of the bodies that are counted, by the number of the thread that answers."""
         self._lock = threading.Lock()
 
     @property
@@ -32,7 +36,7 @@ class Load:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Count one more in the meantime."""
+        """Count the request that this thread answers in the meantime, with what it holds."""
         with self._lock:
             self._count += 1
         try:
@@ -40,6 +44,19 @@ class Load:
         finally:
             with self._lock:
                 self._count -= 1
+                self._bytes.pop(threading.get_ident(), None)
+
+    def hold(self, size: int, *, limit: int) -> bool:
+        """Count these bytes for the request that this thread answers, instead of those before; not
+        so, and False, where all would be more than `limit`.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            others = sum(self._bytes.values()) - self._bytes.get(me, 0)
+            fits = others + size <= limit
+            if fits:
+                self._bytes[me] = size
+        return fits
 
 
 def current() -> Load:

@@ -25,6 +25,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 
 from service.settings import Settings, remarks
+from service.web.memory import return_freed_memory
 from service.web.worker import STOP_SIGNALS, Worker
 
 SPARE_THREADS = 32
@@ -96,6 +97,7 @@ def options(settings: Settings) -> dict[str, Any]:
         "loglevel": settings.log_level,
         "on_starting": lambda arbiter: _remark(arbiter, settings),
         "pre_fork": lambda _arbiter, _worker: _share(),
+        "post_fork": lambda _arbiter, _worker: return_freed_memory(),
     }
 
 

@@ -23,7 +23,7 @@ import charloom
 from service.errors import ErrorType, Problem
 from service.web.access import Access
 from service.web.body import dump
-from service.web.context import current
+from service.web.context import Service, current
 from service.web.wire.chat import ChatCompletion, ChatEvent, ChatRequest
 from service.web.wire.completions import Completion, CompletionEvent, CompletionRequest
 from service.web.wire.errors import ErrorBody, envelope
@@ -73,6 +73,13 @@ BODIES: tuple[type[BaseModel], ...] = (
 )
 """What travels, with all that is in it."""
 
+_ALTERNATIVES: tuple[tuple[type[BaseModel], str], ...] = (
+    (CompletionRequest, "logprobs"),
+    (ChatRequest, "top_logprobs"),
+    (ScoreRequest, "top"),
+)
+"""Fields whose largest value is the setting `logprobs`."""
+
 SCHEME = "bearer"
 """The name of the one way to show a key."""
 
@@ -106,22 +113,25 @@ def openapi() -> Response:
     """The document."""
     app = cast(OpenAPI, current_app)
     if _KEPT not in app.extensions:
-        app.extensions[_KEPT] = dump(make_document(app, current().access))
+        app.extensions[_KEPT] = dump(make_document(app, current()))
     return Response(app.extensions[_KEPT], content_type="application/json")
 
 
-def make_document(app: OpenAPI, access: Access) -> dict[str, Any]:
+def make_document(app: OpenAPI, service: Service) -> dict[str, Any]:
     """The document of an application, as a new value: all that flask-openapi found, and the rest.
 
     The schemas are pydantic's own, since flask-openapi drops what it has no field for. Where there
     are no keys, asking without one is allowed, and so the document says.
     """
+    access, settings = service.access, service.settings
     document: dict[str, Any] = dict(app.api_doc)
     need: list[dict[str, list[str]]] = [{SCHEME: []}]
     document["security"] = [{}, *need] if access.is_open else need
     _, schemas = models_json_schema(
         [(model, "validation") for model in BODIES], ref_template="#/components/schemas/{model}"
     )
+    for model, name in _ALTERNATIVES:
+        schemas["$defs"][model.__name__]["properties"][name]["maximum"] = settings.logprobs
     document["components"] = {
         **document["components"],
         "schemas": schemas["$defs"],

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from service.call import LOOK
+from service.call import LOOK, CompletionCall
 from service.errors import Problem, RequestError, unavailable
-from service.link import CompletionCall
 from service.messages import Delta, Ended
 from service.web import drain
 from service.web.client import Client

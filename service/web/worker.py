@@ -2,8 +2,8 @@
 
 What differs from `gthread`, and why:
 
-- a connection costs no thread until the head of its request is there; a head that is not there in
-  `receive_timeout` is answered with 408, one too long with 431
+- a connection costs no thread until the head of its request is there, nor once that is answered;
+  a head that is not there in `receive_timeout` is answered with 408, one too long with 431
 - a client that was told to ask again later, and asks at once, waits for it there (see `client`)
 - the rest of a request has what is left of that time, and a client that takes nothing for
   `send_timeout` is cut off (see `arrival`)
@@ -27,6 +27,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import partial
 from heapq import heappop, heappush
@@ -58,8 +59,7 @@ STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGQUIT})
 SPARE_FILES = 64
 """File descriptors that are left to everything but clients."""
 
-
-SPARE_THREADS = 16
+RESERVED_THREADS = 16
 """Most threads that no POST is served by."""
 
 
@@ -116,6 +116,10 @@ gunicorn's own words are not repeated, since they quote the request: a header wi
 be a key.
 """
 
+_STAYS: Future[bool] = Future()
+"""What a thread returns whose connection is to be kept."""
+_STAYS.set_result(True)
+
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
@@ -139,7 +143,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.drain = drain.Drain()
-        self._load = load.Load(self.cfg.threads - min(SPARE_THREADS, self.cfg.threads // 2))
+        self._load = load.Load(self.cfg.threads - min(RESERVED_THREADS, self.cfg.threads // 2))
         self._link: Link | None = None
         self._journal: Journal | None = None
         self._lingering: deque[ClientConnection] = deque()
@@ -232,15 +236,21 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
     def enqueue_req(self, conn: ClientConnection) -> None:
         """Give a connection with a whole head to a thread; let another wait for it."""
         conn.expect_within(self.settings.receive_timeout)
-        if conn.parser.unreader.buf.getvalue():
-            super().enqueue_req(conn)  # reading the last body, gunicorn has begun the next request
-        elif not self._gather(conn):
+        if not self._gather(conn):
             if not self.alive:
                 conn.timeout = time.monotonic() + STOP_KEEPALIVE_LINGER
             self.pending_conns.append(conn)
             self.poller.register(
                 conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn)
             )
+
+    def finish_request(self, conn: ClientConnection, fs: Future[bool]) -> None:
+        """Pass over the rest of a body, or go on with the next request, before all waits."""
+        if fs.exception() is None and fs.result() and conn.rewind():
+            conn.sock.setblocking(False)
+            self.enqueue_req(conn)
+        else:
+            super().finish_request(conn, fs)
 
     def on_pending_socket_readable(self, conn: ClientConnection, client: ClientSocket) -> None:
         """Go on with a connection whose head was not all there."""
@@ -322,8 +332,10 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
             return True
 
     def _gather(self, conn: ClientConnection) -> bool:
-        """Read on in a head; whether the event loop is done with its connection."""
+        """Read on in a connection; whether its wait is over."""
         match conn.sock.gather():
+            case Head.NONE:
+                super().finish_request(conn, _STAYS)
             case Head.PARTIAL:
                 return False
             case Head.COMPLETE if conn.sock.has_to_rest and not self.drain.is_on:
@@ -364,10 +376,9 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
         with self._load.one() if req.method == "POST" else nullcontext():
             return bool(super().handle_request(req, conn))
 
-    def _keepalive_after(self, conn: ClientConnection, keepalive: bool) -> bool:
-        """Pass over the little that is left of a body, if it comes in time."""
-        conn.sock.receive_within(self.settings.receive_timeout)
-        return keepalive and bool(conn.parser.finish_body())
+    def _keepalive_after(self, _conn: ClientConnection, keepalive: bool) -> bool:
+        """Leave what is left of a body to the event loop (see `finish_request`)."""
+        return keepalive
 
     def handle_error(self, req: Any, client: ClientSocket, _addr: Any, exc: Exception) -> None:
         """Answer what never reached the application, or made it fail, with the one error body."""

@@ -14,7 +14,7 @@ import pytest
 from charloom.checkpoint import ModelWriter, load, load_trainer, verify
 from charloom.checkpoint.manifest import model_fingerprint
 from charloom.checkpoint.tensors import pack
-from charloom.errors import CheckpointError
+from charloom.errors import CheckpointError, UnreadableError
 from charloom.tokenizer import CharacterTokenizer
 
 
@@ -391,3 +391,21 @@ def test_the_vocabulary_of_a_saved_model_must_fit_its_tokenizer(tmp_path: Path, 
         pytest.raises(CheckpointError, match="9 rows where the tokenizer has 3 tokens"),
     ):
         writer.commit(**{**version(1), "tokenizer": CharacterTokenizer("a")})
+
+
+@pytest.mark.parametrize("pattern", ["config.json", "weights-*", "tokenizer-*"])
+def test_what_the_system_refuses_to_read_is_told_apart(pattern: str, saved: Path) -> None:
+    """A file that cannot be read may be sound: its error has a class of its own."""
+    (file,) = saved.glob(pattern)
+    content = file.read_bytes()
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UnreadableError, match=f"{file.name} cannot be read"):
+        load(saved)
+    assert "cannot be read" in verify(saved)[0]
+    file.rmdir()
+    with pytest.raises(CheckpointError) as caught:
+        load(saved)
+    assert not isinstance(caught.value, UnreadableError), "it is gone"
+    file.write_bytes(content)
+    load(saved)

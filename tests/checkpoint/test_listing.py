@@ -8,6 +8,7 @@ import pytest
 
 from charloom.checkpoint import ModelWriter, inspect_model, list_models, load, remove, stamp
 from charloom.checkpoint.disk import Disk
+from charloom.checkpoint.manifest import model_fingerprint
 from charloom.errors import CheckpointError, ModelMissingError, StorageError
 
 
@@ -37,6 +38,8 @@ def test_a_sound_model_is_listed_with_its_facts(saved: Path, version) -> None:
         {"validation": {"windows": 3}},
         {"validation": {"windows": {"bits_per_character": "low"}}},
         {"validation": {"windows": {"bits_per_character": True}}},
+        {"validation": {"windows": {"bits_per_character": False}}},
+        {"validation": {"windows": {"bits_per_character": 10**400}}},
         {"validation": {"windows": {"bits_per_character": None}}},
     ],
 )
@@ -73,6 +76,37 @@ def test_broken_models_are_listed_with_their_problem(saved: Path) -> None:
         "empty": "holds no config.json",
     }.items():
         assert reason in problems[name]
+
+
+def test_weights_too_small_for_their_architecture_are_a_problem(saved: Path) -> None:
+    """What claims to be larger than it is is found without reading it."""
+    config = json.loads((saved / "config.json").read_bytes())
+    config["architecture"]["hidden"] *= 2
+    config["fingerprint"] = model_fingerprint(
+        config["architecture"],
+        config["tokenizer"]["fingerprint"],
+        config["documents"],
+        config["files"]["weights"]["sha256"],
+    )
+    (saved / "config.json").write_text(json.dumps(config))
+    entry = inspect_model(saved)
+    assert "too small for the architecture" in str(entry.problem)
+    assert not entry.is_unreadable
+
+
+def test_a_problem_tells_whether_the_files_may_be_sound(saved: Path) -> None:
+    """What the system refuses to read is told apart from what is wrong in it."""
+    config = saved / "config.json"
+    content = config.read_bytes()
+    config.write_bytes(b"{")
+    assert not inspect_model(saved).is_unreadable
+    config.unlink()
+    assert not inspect_model(saved).is_unreadable
+    config.mkdir()
+    assert inspect_model(saved).is_unreadable
+    config.rmdir()
+    config.write_bytes(content)
+    assert inspect_model(saved).problem is None
 
 
 def test_a_deleted_trainer_folder_is_no_problem(saved: Path) -> None:
