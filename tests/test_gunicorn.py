@@ -481,6 +481,21 @@ def test_a_stream_beyond_the_drain_is_cut(tmp_path: Path) -> None:
         assert not read_all(stream).endswith(b"0\r\n\r\n")
 
 
+def test_clients_that_wait_beyond_the_drain_are_cut(tmp_path: Path) -> None:
+    """Who reads nothing, or owes a body, has the time of the stop and not its own patience."""
+    patience = {"send_timeout": 60, "receive_timeout": 60}
+    with gunicorn(tmp_path, drain=0.1, **patience) as server, ExitStack() as stack:
+        for request in (
+            b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"POST /body HTTP/1.1\r\nContent-Length: 9\r\n\r\n",
+        ):
+            stack.enter_context(server.connect()).sendall(request)
+            server.get("/")  # taken after it
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+    server.wait_for("the flood is over")  # the stream's thread came to its end
+
+
 def test_clients_without_a_request_do_not_hold_up_a_stop(tmp_path: Path) -> None:
     """Idle, kept and half-spoken connections are closed long before their time, and so are those
     whose last body goes on.

@@ -28,11 +28,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from heapq import heappop, heappush
 from http import HTTPStatus
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from flask import Flask
 from gunicorn.arbiter import Arbiter
@@ -147,6 +148,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
         self._link: Link | None = None
         self._journal: Journal | None = None
         self._lingering: deque[ClientConnection] = deque()
+        self._connections: WeakSet[ClientConnection] = WeakSet()
         self._resting: list[tuple[float, int, ClientConnection]] = []
         """A heap, by the moment at which the request goes on."""
 
@@ -229,9 +231,9 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
             return
         self.nr_conns += 1
         client = ClientSocket(accepted, self.settings.send_timeout)
-        self.enqueue_req(
-            ClientConnection(self.cfg, client, peer, listener.getsockname(), self.linger)
-        )
+        conn = ClientConnection(self.cfg, client, peer, listener.getsockname(), self.linger)
+        self._connections.add(conn)
+        self.enqueue_req(conn)
 
     def enqueue_req(self, conn: ClientConnection) -> None:
         """Give a connection with a whole head to a thread; let another wait for it."""
@@ -272,6 +274,8 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
     def murder_pending(self) -> None:
         """End the waits that have lasted long enough."""
         now = time.monotonic()
+        if now > self.drain.deadline:
+            self._cut()
         while self._resting and (self._resting[0][0] <= now or self.drain.is_on):
             _, _, conn = heappop(self._resting)
             conn.expect_within(self.settings.receive_timeout)
@@ -293,6 +297,14 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
             conn = self._lingering.popleft()
             self.poller.unregister(conn.sock)
             self._drop(conn)
+
+    def _cut(self) -> None:
+        """Break off what has not ended in time: a thread that waits for its client would outlast
+        the arbiter's patience, which kills.
+        """
+        for conn in list(self._connections):
+            with suppress(OSError):  # closed meanwhile
+                conn.sock.shutdown(socket.SHUT_RDWR)
 
     def linger(self, conn: ClientConnection) -> None:
         """Close a connection once its client has, or time is up.
