@@ -8,7 +8,7 @@ import pytest
 
 from charloom.architecture import Architecture
 from training.report import describe, end_text, model_card
-from training.runlog import Console, draw_curves, duration
+from training.runlog import Console, duration
 from training.trainer import Outcome
 
 LINE = {"step": 10, "training": 1.5, "trained": 1.25, "averaged": 1.0}
@@ -86,12 +86,6 @@ def test_a_closed_stream_is_told_nothing(capsys: pytest.CaptureFixture[str]) -> 
 def test_durations_are_told_as_people_say_them(seconds: float, words: str) -> None:
     """Seconds, minutes and hours, whichever fits."""
     assert duration(seconds) == words
-
-
-def test_curves_are_a_picture_even_of_an_empty_history() -> None:
-    """A run stopped before its first evaluation has a picture too."""
-    for history in ([], [LINE, {"step": 12, "event": "shortened", "steps": 15}]):
-        assert draw_curves(history, title="m").startswith(b"\x89PNG")
 
 
 def summary(**changes: Any) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from charloom.architecture import Architecture
 from charloom.checkpoint import ModelWriter, read_history
+from training import curves
 from training.corpus import EncodedCorpus
 from training.evaluation import Loss, Protocol
 from training.plan import Plan
-from training.runlog import draw_curves, duration
+from training.runlog import duration
 from training.trainer import Outcome, Trainer
 
 _ENDS = {
@@ -82,7 +83,7 @@ def loss_table(losses: Mapping[Protocol, Loss]) -> str:
 def leave_companions(writer: ModelWriter, trainer: Trainer, *, model: str, is_over: bool) -> None:
     """Write what people look at into the model's folder: the curves and the model card."""
     history = read_history(writer.path)
-    writer.write_bytes("loss.png", draw_curves(history, title=writer.path.name))
+    writer.write_bytes("loss.png", curves.draw(history, title=writer.path.name))
     summary = {**trainer.summary(), "finished": is_over}
     card = model_card(model, trainer.architecture, summary, sample=trainer.sample(300))
     writer.write_text("README.md", card)

@@ -1,14 +1,13 @@
-"""What a run tells while it goes on, and its curves.
+"""What a run tells while it goes on.
 
 What the console says goes to standard error; the one product on standard output, the model's
 folder, is the command's own business. On a terminal there is a progress bar, elsewhere a plain line
 for each evaluation, so a log file stays readable.
 """
 
-import io
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
@@ -132,25 +131,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def draw_curves(history: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
-    """A PNG of training and held-out loss over the steps, in nats per character."""
-    from matplotlib.figure import Figure  # a second of import that only the end of a run pays
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    lines = [line for line in history if "training" in line]
-    steps = [line["step"] for line in lines]
-    axes.plot(steps, [line["training"] for line in lines], label="training (with dropout)")
-    for name in ("trained", "averaged"):
-        if any(name in line for line in lines):
-            losses = [line.get(name, math.nan) for line in lines]
-            axes.plot(steps, losses, label=f"held out, {name} weights")
-    axes.set(xlabel="step", ylabel="nats per character", title=title)
-    axes.grid(alpha=0.3)
-    if lines:
-        axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()
