@@ -57,6 +57,10 @@ def answer(environ):
             return str(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)).encode()
         case "/interrupt":
             signal.raise_signal(signal.SIGINT)
+        case "/late":
+            Path("gate").read_text()
+        case "/say":
+            print("it was said", file=sys.stderr, flush=True)
         case "/gate":
             return gate()
         case "/flood":

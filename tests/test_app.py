@@ -196,7 +196,7 @@ def test_a_proxy_is_believed_as_often_as_set(link: Any, proxies: int, owner: str
 
 
 def test_beyond_its_load_a_worker_refuses_what_may_last(link: Any) -> None:
-    """The last threads turn POSTs away, and say how the service is."""
+    """The last threads turn all requests away but those that ask how the service is."""
     load = Load(1)
     client = create_app(Settings(), link).test_client()
     ask = {"model": "demo", "text": "To be"}
@@ -208,7 +208,8 @@ def test_beyond_its_load_a_worker_refuses_what_may_last(link: Any) -> None:
         assert status() == 200
         with load.one():
             assert status() == 503
-            assert client.get("/healthz", environ_base={KEY: load}).status_code == 200
+            for path, expected in (("/v1/models", 503), ("/healthz", 200), ("/metrics", 200)):
+                assert client.get(path, environ_base={KEY: load}).status_code == expected
         assert status() == 200
 
 

@@ -455,6 +455,25 @@ def test_a_body_in_chunks_is_read(ends: tuple[socket.socket, DeadlineSocket]) ->
     assert body["name"] == "x"
 
 
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_a_large_body_is_read_piece_by_piece(
+    ends: tuple[socket.socket, DeadlineSocket], is_chunked: bool
+) -> None:
+    """However it comes, nothing is lost where one piece ends and the next begins."""
+    near, far = ends
+    data = b'{"name": "x",' + b" " * 1_000_000 + b'"count": 7}'
+    size = len(data)
+    framed = b"%x\r\n%b\r\n0\r\n\r\n" % (size, data) if is_chunked else data
+    head = CHUNKED if is_chunked else HEAD + b"Content-Length: %d\r\n\r\n" % size
+    sending = threading.Thread(target=near.sendall, args=(head + framed,))
+    sending.start()
+    serve(far)
+    sending.join()
+    status, body = answer_of(near)
+    assert status == 200
+    assert body["count"] == 7
+
+
 def test_a_body_in_chunks_is_bounded(ends: tuple[socket.socket, DeadlineSocket]) -> None:
     """No more than the limit is taken of a body that tells no length."""
     near, far = ends

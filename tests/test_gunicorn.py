@@ -418,6 +418,23 @@ def test_a_request_that_was_sent_ahead_waits_too(server: Server) -> None:
     assert time.monotonic() - began >= 0.3
 
 
+def test_nothing_is_done_for_a_client_that_left_while_it_rested(server: Server) -> None:
+    """A request whose client has gone is dropped at the end of its rest."""
+    with ExitStack() as stack:
+        gone, there = (
+            stack.enter_context(closing(http.client.HTTPConnection(*server.address, timeout=20)))
+            for _ in range(2)
+        )
+        for client, path in ((gone, "/rest?0.2"), (there, "/rest?0.4")):
+            client.request("POST", path)
+            assert client.getresponse().read() == b"ok"
+        gone.request("POST", "/say")
+        gone.close()
+        there.request("POST", "/")
+        assert there.getresponse().read() == b"ok"
+    assert not [line for line in server.lines if "it was said" in line]
+
+
 def test_a_client_that_rests_may_look_around_and_a_stop_ends_its_rest(tmp_path: Path) -> None:
     """On a connection whose requests have to wait for an hour, probes do not, nor at a stop."""
     with gunicorn(tmp_path) as server:
@@ -458,6 +475,22 @@ def test_a_stop_lets_streams_end_and_turns_others_away(tmp_path: Path) -> None:
             assert server.end() == 0
 
 
+def test_an_answer_that_begins_at_a_stop_tells_that_its_connection_ends(tmp_path: Path) -> None:
+    """What was asked before the stop and is answered after it says so."""
+    with gunicorn(tmp_path) as server:
+        client = http.client.HTTPConnection(*server.address, timeout=20)
+        with closing(client):
+            client.request("GET", "/late")
+            server.get("/")  # taken after it
+            server.process.send_signal(signal.SIGTERM)
+            wait_until_refused(server)
+            server.open_gate()
+            response = client.getresponse()
+            assert response.read() == b"ok"
+            assert response.headers["Connection"] == "close"
+        assert server.end() == 0
+
+
 def test_the_last_threads_are_for_what_is_answered_at_once(tmp_path: Path) -> None:
     """Requests that last, however many, leave threads that others are told so by."""
     with gunicorn(tmp_path, rows=1, queue=0) as server, ExitStack() as stack:
@@ -466,9 +499,10 @@ def test_the_last_threads_are_for_what_is_answered_at_once(tmp_path: Path) -> No
             stream.sendall(b"POST /gate HTTP/1.1\r\nContent-Length: 0\r\n\r\n")
             read_until(stream, b"begun")
         asks = stack.enter_context(closing(http.client.HTTPConnection(*server.address, timeout=20)))
-        for method, answer in (("GET", b"False"), ("POST", b"True"), ("GET", b"False")):
+        for method in ("GET", "POST"):
             asks.request(method, "/load")
-            assert asks.getresponse().read() == answer
+            assert asks.getresponse().read() == b"True"
+        assert server.get("/healthz") == (200, b"ok")
 
 
 def test_a_stream_beyond_the_drain_is_cut(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import runpy
 import socket
 import time
 import tracemalloc
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,8 @@ HERE = Path(__file__).parent
 SCRIPTED = runpy.run_path(str(HERE / "scripted_link.py"))
 LARGE = 2_000_000
 
+Elsewhere = Callable[[Load, int], bool]
+
 
 class Stream:
     """A body that is made as it is read, so that nobody but its reader holds any of it."""
@@ -31,9 +34,12 @@ class Stream:
         self._start, self._end = start, end
         self._filling = size - len(start) - len(end)
         self.taken = 0
+        self.watch: Callable[[int], object] = lambda _size: None
+        """Called with the number of bytes before they are read."""
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes, as many as are asked for or left."""
+        self.watch(size)
         parts = [self._start[:size]]
         self._start = self._start[size:]
         filling = min(size - len(parts[0]), self._filling)
@@ -79,10 +85,17 @@ def asks(link: Any) -> Any:
 
 
 @pytest.fixture
-def full() -> Load:
+def elsewhere() -> Iterator[Elsewhere]:
+    """Give a way to hold bytes for one other request, which tells whether it gets so much room."""
+    with ThreadPoolExecutor(1) as pool:
+        yield lambda load, size: pool.submit(load.hold, size, limit=BODIES).result()
+
+
+@pytest.fixture
+def full(elsewhere: Elsewhere) -> Load:
     """Give the load of a worker that has room for a million bytes of large bodies."""
     load = Load(8)
-    assert hold_elsewhere(load, BODIES - 1_000_000)
+    assert elsewhere(load, BODIES - 1_000_000)
     return load
 
 
@@ -118,13 +131,13 @@ def test_a_refused_body_is_freed_at_once(asks: Any, path: str, rest: str) -> Non
 def test_large_bodies_are_refused_while_there_is_no_room(
     asks: Any, link: Any, full: Load, path: str
 ) -> None:
-    """Who sends one is told to ask again soon, it is counted, and most of it is not read."""
+    """Who sends one is told to ask again soon, it is counted, and no more is read than fits."""
     body = prompt(LARGE)
     answer = send(asks, body, LARGE, path, full)
     assert answer.status_code == 503
     assert json.loads(answer.data)["error"]["code"] == "queue_full"
     assert answer.headers["Retry-After"] == "1"
-    assert body.taken == UNCOUNTED
+    assert body.taken <= 1_000_000
     refusal = link.tallies[-1][-1]
     assert refusal == TurnedAway(code="queue_full", is_request=path == "/v1/completions")
 
@@ -153,31 +166,78 @@ def test_bodies_that_fit_or_are_small_are_read(asks: Any, full: Load, size: int)
     assert send(asks, prompt(size), size, "/v1/completions", full).status_code == 400
 
 
-def test_a_body_in_chunks_takes_the_room_of_the_largest_until_it_is_there(
-    asks: Any, full: Load
+def test_a_refused_body_makes_room_before_its_answer_has_gone(
+    asks: Any, full: Load, elsewhere: Elsewhere
 ) -> None:
-    """Nobody knows its length before; a small one takes none."""
-    assert send(asks, prompt(100_000), None, "/v1/completions", full).status_code == 503
-    assert send(asks, prompt(10_000), None, "/v1/completions", full).status_code == 400
-    empty = Load(8)
-    assert send(asks, prompt(100_000), None, "/v1/completions", empty).status_code == 400
-    assert hold_elsewhere(empty, BODIES - 100_000)
+    """What was read of it counts no longer, though its request is still under way."""
+    with full.one():
+        assert send(asks, prompt(LARGE), LARGE, "/v1/completions", full).status_code == 503
+        assert elsewhere(full, BODIES)
 
 
-def test_the_end_of_a_request_makes_room() -> None:
+@pytest.mark.parametrize("declared", [LARGE, None])
+def test_a_body_counts_twice_what_has_come_at_most(
+    asks: Any, elsewhere: Elsewhere, declared: int | None
+) -> None:
+    """Its bytes count before they are read, those that are only announced do not."""
+    load, body, found = Load(8), prompt(LARGE), []
+
+    def watch(size: int) -> None:
+        if body.taken:
+            coming = body.taken + size
+            is_counted = not elsewhere(load, BODIES - coming + 1)
+            found.append((is_counted, elsewhere(load, BODIES - 2 * body.taken)))
+            elsewhere(load, 0)
+
+    body.watch = watch
+    assert send(asks, body, declared, "/v1/completions", load).status_code == 400
+    assert body.taken == LARGE
+    assert len(found) > 3
+    assert set(found) == {(True, True)}
+
+
+@pytest.mark.parametrize("size", [LARGE, LARGE + 1, 32 * UNCOUNTED + 1])
+def test_the_rest_of_a_body_is_reserved_once_half_has_come(
+    asks: Any, elsewhere: Elsewhere, size: int
+) -> None:
+    """Others that come then, and take all there is, do not have it refused."""
+    load, body, found = Load(8), prompt(size), []
+
+    def watch(asked: int) -> None:
+        if body.taken + asked > (size + 1) // 2:  # beyond the half
+            found.append((elsewhere(load, BODIES - size + 1), elsewhere(load, BODIES - size)))
+
+    body.watch = watch
+    assert send(asks, body, size, "/v1/completions", load).status_code == 400
+    assert found == [(False, True)]
+    assert body.taken == size
+
+
+def test_a_body_in_chunks_counts_what_came(asks: Any, full: Load, elsewhere: Elsewhere) -> None:
+    """One that is far smaller than may be needs no more room, and has none left at its end."""
+    assert send(asks, prompt(100_000), None, "/v1/completions", full).status_code == 400
+    assert not elsewhere(full, BODIES - 99_999)
+    assert elsewhere(full, BODIES - 100_000)
+
+
+@pytest.mark.parametrize("size", [BODIES, BODIES + 1])
+def test_a_body_in_chunks_may_be_as_large_as_the_room(link: Any, size: int) -> None:
+    """The byte by which a larger one is told needs none."""
+    asks = create_app(Settings(log_level="error", body_limit=BODIES), link).test_client()
+    body = Stream(b"!", size, b"")  # no JSON
+    status = send(asks, body, None, "/v1/completions", Load(8)).status_code
+    assert status == (400 if size == BODIES else 413)
+
+
+def test_the_end_of_a_request_makes_room(elsewhere: Elsewhere) -> None:
     """Whatever it held, however often it said so."""
     load = Load(8)
     with load.one():
-        assert load.hold(6, limit=8)
-        assert load.hold(7, limit=8)
-        assert not hold_elsewhere(load, 2, limit=8)
-    assert hold_elsewhere(load, 8, limit=8)
-
-
-def hold_elsewhere(load: Load, size: int, *, limit: int = BODIES) -> bool:
-    """Whether another thread's request gets so much room."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(load.hold, size, limit=limit).result()
+        assert load.hold(6, limit=BODIES)
+        assert load.hold(7, limit=BODIES)
+        assert not elsewhere(load, BODIES - 6)
+        assert elsewhere(load, BODIES - 7)
+    assert elsewhere(load, BODIES)
 
 
 @pytest.mark.slow

@@ -121,13 +121,11 @@ def create_app(settings: Settings | None = None, link: Link | None = None) -> Op
 
 def _turn_away() -> None:
     """Begin nothing in a worker that is about to stop, or has its last threads left."""
-    if request.method != "POST":
-        return
-    if drain.current().is_on:
+    if request.method == "POST" and drain.current().is_on:
         raise turned_away(
             "This worker is stopping; ask again, and another one answers.", code="draining"
         )
-    if load.current().is_beyond:
+    if load.current().is_beyond and request.path not in load.PROBES:
         raise turned_away(
             "As many requests are under way as may be; ask again in a moment.", code="queue_full"
         )

@@ -17,6 +17,7 @@ import struct
 import time
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from gunicorn import util
@@ -26,6 +27,7 @@ from gunicorn.http.body import LengthReader
 from gunicorn.workers.gthread import TConn
 
 from service.web.deadline import DeadlineSocket
+from service.web.drain import Drain
 
 HEAD_LIMIT = 32 << 10
 """Bytes of a request's head, as large as nginx lets it become by default."""
@@ -163,9 +165,13 @@ class ClientSocket(DeadlineSocket):
 class Request(ParsedRequest):  # type: ignore[misc] # gunicorn carries no types
     """A request that tells truly, from the head of its answer on, whether its connection stays."""
 
+    def __init__(self, way_out: Drain, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._way_out = way_out
+
     def should_close(self) -> bool:
         """Whether nothing can follow on its connection; asked when the head is written."""
-        if not self.must_close and self.owed > UNREAD:
+        if not self.must_close and (self._way_out.is_on or self.owed > UNREAD):
             self.force_close()  # as the head says, even if more of the body should be read yet
         return bool(super().should_close())
 
@@ -178,10 +184,6 @@ class Request(ParsedRequest):  # type: ignore[misc] # gunicorn carries no types
         if isinstance(reader, LengthReader):
             return int(reader.length)
         return math.inf if reader.parser else 0  # that of chunks, whose sum is known at their end
-
-
-class _Parser(RequestParser):  # type: ignore[misc] # gunicorn carries no types
-    mesg_class = Request
 
 
 class ClientConnection(TConn):  # type: ignore[misc] # gunicorn carries no types
@@ -198,10 +200,12 @@ class ClientConnection(TConn):  # type: ignore[misc] # gunicorn carries no types
         peer: Any,
         server: Any,
         linger: Callable[["ClientConnection"], None],
+        way_out: Drain,
     ) -> None:
         super().__init__(cfg, sock, peer, server)
         self._linger = linger
-        self.parser = _Parser(cfg, sock, peer)
+        self.parser = RequestParser(cfg, sock, peer)
+        self.parser.mesg_class = partial(Request, way_out)
         self.data_ready = True  # a thread that gets it never has to wait for its first byte
 
     def expect_within(self, seconds: float) -> None:

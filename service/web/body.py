@@ -45,8 +45,9 @@ BODIES = 32 << 20
 """Bytes of the larger bodies that a worker holds at a time, or one that is allowed to be larger.
 
 32 requests of a million ASCII characters, the most that `work` lets one ask for by default. A byte
-of text takes 3 to 7 in the worker at the peak, one of a list of numbers up to 13: 0.4 GB, beside
-which a container of 2 GB has room for the engine and the gigabyte of models that it may load.
+of text takes 3 to 8 in the worker at the peak, one of a list of numbers up to 13, of a list of
+letters beyond Latin-1 with an emoji 20: 0.7 GB at worst, beside which a container of 2 GB has room
+for the engine and the gigabyte of models that it may load.
 """
 
 OBJECT_LIMIT = 2048
@@ -164,7 +165,12 @@ def _receive(settings: Settings) -> bytes:
         length = limit + 1 if "wsgi.input_terminated" in environ else 0
     try:
         with Client.current().receiving(settings.receive_timeout):
-            data = _take(environ["wsgi.input"], length, max(BODIES, limit))
+            data = _take(
+                environ["wsgi.input"],
+                length,
+                half=length if declared is None else (length + 1) // 2,
+                most=max(BODIES, limit),
+            )
     except TimeoutError as error:
         raise _refusal(
             408,
@@ -182,23 +188,31 @@ def _receive(settings: Settings) -> bytes:
     return data
 
 
-def _take(stream: IO[bytes], length: int, most: int) -> bytes:
+def _take(stream: IO[bytes], length: int, *, half: int, most: int) -> bytes:
     """Up to `length` bytes; raises `RequestError` where all bodies would have more than `most`.
 
-    Room is taken for a large body once its beginning is there: it costs more than to announce one.
+    Room is taken for what has come and as much again, before that is read: to announce a body takes
+    nothing from others. Once `half` has come it is taken for all, so that few are refused late.
     """
     data = bytes(stream.read(min(length, UNCOUNTED)))
     if len(data) < UNCOUNTED or length == UNCOUNTED:
         return data
-    bodies = load.current()
-    if not bodies.hold(min(length, most), limit=most):
-        raise turned_away(
-            "As many large bodies are under way as may be; ask again in a moment.",
-            code="queue_full",
-        )
-    data += stream.read(length - UNCOUNTED)
-    bodies.hold(len(data), limit=most)  # of one in chunks only the most was known
-    return data
+    bodies, parts = load.current(), [data]
+    del data  # a refusal's traceback would keep it
+    size = room = UNCOUNTED
+    while size == room < length:
+        room = min(2 * size, half) if size < half else length
+        if not bodies.hold(min(room, most), limit=most):
+            parts.clear()
+            bodies.hold(0, limit=most)
+            raise turned_away(
+                "As many large bodies are under way as may be; ask again in a moment.",
+                code="queue_full",
+            )
+        parts.append(stream.read(room - size))
+        size += len(parts[-1])
+    bodies.hold(size, limit=most)
+    return b"".join(parts)
 
 
 def _check_type(environ: "WSGIEnvironment") -> None:

@@ -1,9 +1,10 @@
 """How much of a worker is taken by requests that may last: of its threads, and of its memory.
 
-A request that writes holds its thread until its last byte has gone, and a client may begin as many
-as it likes. So a worker counts the POSTs under way and puts their number into the environment of
-each request; beyond a limit they are refused at once, and the threads that are left answer whether
-the service is well. A server that puts none, such as a test's client, is never full.
+A request holds its thread until its last byte has gone, and a client may begin as many as it likes.
+So a worker counts those under way and puts their number into the environment of each; beyond a
+limit they are refused at once, and the threads that are left answer the probes, which ask whether
+the service is well and never wait for long. A server that puts none, such as a test's client, is
+never full.
 
 What a body became, texts and lists, lives as long as its request, so its bytes count as long.
 """
@@ -17,6 +18,9 @@ from flask import request
 
 KEY = "charloom.load"
 """Its name in a WSGI environment."""
+
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Paths that are answered whatever else is under way."""
 
 
 class Load:

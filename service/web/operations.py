@@ -15,10 +15,14 @@ from service.messages import AskMetrics, AskStatus
 from service.web import drain
 from service.web.body import dump
 from service.web.context import current
+from service.web.waiting import Watch
 from service.web.wire.operations import Health
 
 PATIENCE = 1.0
 """Seconds that the engine has to say how it is."""
+
+METRICS_PATIENCE = 5.0
+"""Seconds that the engine has to tell what it has counted: half of what Prometheus waits."""
 
 STALE = 5.0
 """Seconds without a step after which the engine counts as stuck."""
@@ -78,7 +82,7 @@ def readyz() -> Response:
 )
 def metrics() -> Response:
     """All that was counted, by HTTP workers and the engine, in Prometheus' text format."""
-    text = current().link.ask(AskMetrics())
+    text = current().link.ask(AskMetrics(), timeout=METRICS_PATIENCE, look=Watch.current())
     return Response(text.text, content_type=METRICS_TYPE)
 
 

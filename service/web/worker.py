@@ -47,6 +47,7 @@ from service.settings import Settings
 from service.web import context, drain, load
 from service.web.arrival import HEAD_LIMIT, ClientConnection, ClientSocket, Head
 from service.web.body import dump
+from service.web.client import Client
 from service.web.exchange import Exchange
 from service.web.journal import Journal, make_id
 from service.web.wire.errors import envelope
@@ -61,7 +62,7 @@ SPARE_FILES = 64
 """File descriptors that are left to everything but clients."""
 
 RESERVED_THREADS = 16
-"""Most threads that no POST is served by."""
+"""Most threads that only probes are served by."""
 
 
 def _problem(status: int, code: str, message: str) -> Problem:
@@ -231,7 +232,9 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
             return
         self.nr_conns += 1
         client = ClientSocket(accepted, self.settings.send_timeout)
-        conn = ClientConnection(self.cfg, client, peer, listener.getsockname(), self.linger)
+        conn = ClientConnection(
+            self.cfg, client, peer, listener.getsockname(), self.linger, self.drain
+        )
         self._connections.add(conn)
         self.enqueue_req(conn)
 
@@ -278,8 +281,11 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
             self._cut()
         while self._resting and (self._resting[0][0] <= now or self.drain.is_on):
             _, _, conn = heappop(self._resting)
-            conn.expect_within(self.settings.receive_timeout)
-            super().enqueue_req(conn)
+            if Client(conn.sock).is_gone():  # which nobody looked at meanwhile
+                self._drop(conn)
+            else:
+                conn.expect_within(self.settings.receive_timeout)
+                super().enqueue_req(conn)
         while self.pending_conns and self.pending_conns[0].timeout <= now:
             conn = self.pending_conns.popleft()
             self.poller.unregister(conn.sock)
@@ -385,7 +391,7 @@ class Worker(ThreadWorker):  # type: ignore[misc] # gunicorn carries no types
 
     def handle_request(self, req: Any, conn: ClientConnection) -> bool:
         """Answer a request, which counts until its last byte has gone if it may last."""
-        with self._load.one() if req.method == "POST" else nullcontext():
+        with nullcontext() if req.path in load.PROBES else self._load.one():
             return bool(super().handle_request(req, conn))
 
     def _keepalive_after(self, _conn: ClientConnection, keepalive: bool) -> bool:
