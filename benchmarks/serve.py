@@ -98,7 +98,12 @@ def charloom_service(models: Path, **environment: str) -> Iterator[tuple[int, in
         command = [sys.executable, "-m", "charloom", "serve", "--models", folder, "--port", "0"]
         with running(command, CHARLOOM_LOG_LEVEL="warning", **environment) as (process, port):
             wait_until_ready(port)
+            members = family(process.pid)
             yield process.pid, port
+        # The engine stays a little for workers to come back, and whoever shares its libraries'
+        # pages meanwhile seems smaller than it is.
+        while any(Path(f"/proc/{member}").exists() for member in members):
+            time.sleep(0.1)
 
 
 @contextmanager
@@ -299,12 +304,19 @@ def start(models: Path, rounds: int) -> None:
     )
 
 
+def family(pid: int) -> list[int]:
+    """The numbers of a process and of all below it."""
+    members = [pid]
+    for member in members:
+        for task in Path(f"/proc/{member}/task").iterdir():
+            members += map(int, (task / "children").read_text().split())
+    return members
+
+
 def resident(pid: int) -> int:
     """Bytes of memory of a process and all below it, shared pages counted once."""
-    total, family = 0, [pid]
-    for member in family:
-        for task in Path(f"/proc/{member}/task").iterdir():
-            family += map(int, (task / "children").read_text().split())
+    total = 0
+    for member in family(pid):
         for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 total += int(line.split()[1]) * 1024
