@@ -11,23 +11,19 @@ The trade-off: the process holds its peak of memory until it ends, 0.55 GB where
 needed 0.33. The setting is the whole process's, so commands make it, never an import.
 """
 
-import ctypes
-import platform
+from charloom.malloc import Option, set_malloc
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # from glibc's malloc.h
 _NEVER = 2**31 - 1
 _GROWTH = 64 * 2**20
 
 
 def keep_freed_memory() -> bool:
     """Have glibc's malloc reuse freed blocks of any size; False where there is no glibc."""
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = (
-        (_ARENA_MAX, 1),
-        (_MMAP_MAX, 0),
-        (_TRIM_THRESHOLD, _NEVER),
-        (_TOP_PAD, _GROWTH),
+    return set_malloc(
+        {
+            Option.ARENA_MAX: 1,
+            Option.MMAP_MAX: 0,
+            Option.TRIM_THRESHOLD: _NEVER,
+            Option.TOP_PAD: _GROWTH,
+        }
     )
-    return all(mallopt(parameter, value) for parameter, value in settings)

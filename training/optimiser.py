@@ -48,11 +48,16 @@ class Optimiser:
     ) -> None:
         self._parameters = dict(network.named_parameters())
         self._clip_norm = clip_norm
-        groups = []
+        # As few groups as there are kinds: the fused kernel is called once for each.
+        kinds: dict[tuple[float, float], list[Tensor]] = {}
         for name, parameter in self._parameters.items():
             gain = 1.0 if gains is None else gains.get(name, 1.0)
             decay = weight_decay / gain if parameter.ndim > 1 else 0.0
-            groups.append({"params": [parameter], "weight_decay": decay, "gain": gain})
+            kinds.setdefault((decay, gain), []).append(parameter)
+        groups = [
+            {"params": parameters, "weight_decay": decay, "gain": gain}
+            for (decay, gain), parameters in kinds.items()
+        ]
         self._adam = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
         zeros = {
             f"{moment}.{name}": torch.zeros_like(parameter)

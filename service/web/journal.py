@@ -22,6 +22,7 @@ from service.link import Link
 from service.settings import Settings
 from service.web.access import owner
 from service.web.exchange import Exchange, exchange
+from service.web.load import PROBES
 
 PROMPT_LIMIT = 200
 """Characters of a prompt, or of an unknown path, that are written down."""
@@ -30,9 +31,6 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset(HTTPMethod)
 _UNKNOWN = "unknown"
 """The route of a request that no rule fits."""
-
-_PROBES = frozenset({"operations.healthz", "operations.readyz", "operations.metrics"})
-"""Asked every few seconds by machines: their lines come at the level debug."""
 
 
 class Journal:
@@ -61,7 +59,8 @@ class Journal:
         route = _UNKNOWN if rule is None else rule.rule
         path = request.path if rule is None else None
         status = response.status_code  # not the answer itself: it holds `close`, and all would stay
-        log = self._log.debug if request.endpoint in _PROBES else self._log.info
+        # Machines ask these every few seconds.
+        log = self._log.debug if route in PROBES else self._log.info
 
         def close() -> None:
             seconds = self._clock() - this.began

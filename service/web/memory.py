@@ -10,16 +10,11 @@ values, 128 KiB, that would be 3; the worker is no smaller for it.
 The opposite of `training.memory`, whose steps want the same blocks again and again.
 """
 
-import ctypes
-import platform
+from charloom.malloc import Option, set_malloc
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 _THRESHOLD = 1 << 20  # bytes
 
 
 def return_freed_memory() -> bool:
     """Have glibc's malloc unmap large blocks as they are freed; False where there is no glibc."""
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(parameter, _THRESHOLD) for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
+    return set_malloc({Option.TRIM_THRESHOLD: _THRESHOLD, Option.MMAP_THRESHOLD: _THRESHOLD})
