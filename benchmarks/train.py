@@ -33,10 +33,10 @@ from torch.nn import functional
 
 from charloom.architecture import Architecture
 from training.batches import Batches
-from training.config import TrainingOptions
 from training.corpus import Split
 from training.learner import Learner
 from training.memory import keep_freed_memory
+from training.recipe import Draft
 from training.recurrence import Arithmetic
 
 LAYERS, HIDDEN, VOCABULARY, LANES, STEPS = 2, 512, 67, 32, 128
@@ -80,18 +80,20 @@ def usual_loop(embedding: int) -> Callable[[], None]:
 
 def charloom_step(embedding: int, precision: Arithmetic, *, masks: bool) -> Callable[[], None]:
     """One step of Charloom's training."""
-    options = TrainingOptions(
-        hidden=HIDDEN,
-        embedding=embedding,
-        dropout=0.4 if masks else 0.0,
-        weight_drop=0.2 if masks else 0.0,
-        batch_size=LANES,
-        sequence_length=STEPS,
-    )
+    choices = {
+        "layers": LAYERS,
+        "hidden": HIDDEN,
+        "embedding": embedding,
+        "dropout": 0.4 if masks else 0.0,
+        "weight_drop": 0.2 if masks else 0.0,
+        "batch_size": LANES,
+        "sequence_length": STEPS,
+    }
     learner = Learner(
-        options,
+        Draft.named("base").settle(choices, passes=1.0),
         architecture(embedding),
         steps=10_000,
+        seed=1,
         precision=precision,
         device=torch.device("cpu"),
     )

@@ -1,6 +1,7 @@
 """The plan: what it settles, and what it refuses."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,14 @@ import torch
 from charloom.architecture import Architecture
 from charloom.errors import OptionError
 from training.batches import Batch, Batches
+from training.calibration import calibrate, choose_precision, memory_needed
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, EncodedCorpus, prepare_corpus
-from training.plan import (
-    EVALUATIONS,
-    Plan,
-    calibrate,
-    choose_device,
-    choose_precision,
-    make_plan,
-    memory_needed,
-)
+from training.plan import EVALUATIONS, Plan, choose_device, make_plan
+from training.recipe import RECIPES, Draft, Recipe, RecipeName, check_choices
 from training.recurrence import Arithmetic
 
-SMALL = {"hidden": 8, "batch_size": 4, "sequence_length": 16, "threads": 1}
+SMALL = {"hidden": 8, "batch_size": 4, "sequence_length": 16}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +28,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> EncodedCorpus:
     return prepare_corpus([str(file)], CorpusOptions())
 
 
-def plan(corpus: EncodedCorpus, elapsed: float = 0.0, **changes: Any) -> Plan:
-    return make_plan(TrainingOptions(**SMALL | changes), corpus, elapsed=lambda: elapsed)
+def plan(
+    corpus: EncodedCorpus,
+    elapsed: float = 0.0,
+    measure: Callable[..., tuple[Arithmetic, float]] = calibrate,
+    **changes: Any,
+) -> Plan:
+    """A plan of a network made small; changes are of the options or of the recipe."""
+    values = {"recipe": "tiny", "threads": 1, **SMALL, **changes}
+    choices = {name: values.pop(name) for name in set(values) & set(Recipe.__dataclass_fields__)}
+    options = TrainingOptions(**values)
+    return make_plan(options, choices, corpus, elapsed=lambda: elapsed, measure=measure)
 
 
 def test_steps_are_taken_as_given(corpus: EncodedCorpus) -> None:
@@ -74,12 +78,7 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> EncodedCorpus:
 
 def timed_plan(corpus: EncodedCorpus, precision: Arithmetic, **changes: Any) -> Plan:
     """A plan for a machine on which a step of 64 tokens takes a second."""
-    return make_plan(
-        TrainingOptions(**SMALL | changes),
-        corpus,
-        elapsed=lambda: 7.0,
-        measure=lambda *_, **__: (precision, 1.0),
-    )
+    return plan(corpus, elapsed=7.0, measure=lambda *_, **__: (precision, 1.0), **changes)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +146,18 @@ class Hungry(Batches):
 
 def test_memory_that_is_refused_is_a_sentence(corpus: EncodedCorpus) -> None:
     """What the estimate lets pass and the machine does not is told in the same words."""
-    options = TrainingOptions(**SMALL)
-    architecture = Architecture(cell="lstm", vocabulary=30, embedding=8, hidden=8, layers=2)
+    recipe = Draft.named("tiny").settle(SMALL, passes=1.0)
     batches = Hungry(corpus.train, batch_size=4, sequence_length=16, seed=1)
 
     with pytest.raises(OptionError, match="do not fit the memory"):
-        calibrate(options, architecture, batches, device=torch.device("cpu"), seconds=0.1)
+        calibrate(
+            recipe,
+            recipe.architecture(30),
+            batches,
+            precision="auto",
+            device=torch.device("cpu"),
+            seconds=0.1,
+        )
 
 
 def test_a_step_needs_memory_for_weights_and_for_each_position() -> None:
@@ -160,9 +165,9 @@ def test_a_step_needs_memory_for_weights_and_for_each_position() -> None:
     architecture = Architecture(cell="lstm", vocabulary=30, embedding=8, hidden=8, layers=2)
     weights = 8 * 4 * architecture.parameters
 
-    options = TrainingOptions(**SMALL)
-    assert memory_needed(options, architecture, 0) == weights
-    assert memory_needed(options, architecture, 100) - weights == 100 * (40 + 480 + 4 * 16 * 12)
+    assert memory_needed(architecture, 0, precision="auto") == weights
+    positions = memory_needed(architecture, 100, precision="auto") - weights
+    assert positions == 100 * (40 + 480 + 4 * 16 * 12)
 
 
 def test_the_largest_batch_is_known_before_it_is_made(corpus: EncodedCorpus) -> None:
@@ -214,14 +219,15 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
 def test_all_problems_are_reported_at_once() -> None:
     """Each option out of range has a sentence of its own with value and limit."""
     with pytest.raises(OptionError) as caught:
-        TrainingOptions(
-            layers=0,
-            dropout=1.0,
-            learning_rate=float("nan"),
-            cell="transformer",
-            minutes=1.0,
-            steps=5,
-            residual=1,
+        Recipe(
+            **dataclasses.asdict(Draft.named("tiny").settle({}, passes=1.0))
+            | {
+                "layers": 0,
+                "dropout": 1.0,
+                "learning_rate": float("nan"),
+                "cell": "transformer",
+                "residual": 1,
+            }
         )
 
     text = str(caught.value)
@@ -230,18 +236,23 @@ def test_all_problems_are_reported_at_once() -> None:
         "--dropout is 1.0; give a number of at least 0.0 and at most 0.99.",
         "--learning-rate is nan",
         "--cell is 'transformer'; choose one of lstm, gru, rnn.",
-        "--minutes and --steps are both given; give one budget.",
         "--residual is 1; choose one of false, true.",
     ):
         assert part in text
-    assert len(caught.value.problems) == 6
+    assert len(caught.value.problems) == 5
 
 
 @pytest.mark.parametrize("tied_embedding", [7, 9])
 def test_tied_embeddings_need_the_hidden_size(tied_embedding: int) -> None:
     """Another size is refused by the option's name."""
     with pytest.raises(OptionError, match="--tied needs --embedding equal to --hidden"):
-        TrainingOptions(tied=True, hidden=8, embedding=tied_embedding)
+        check_choices({"tied": True, "hidden": 8, "embedding": tied_embedding})
+
+
+def test_two_budgets_are_refused() -> None:
+    """Minutes and steps cannot both be followed."""
+    with pytest.raises(OptionError, match="--minutes and --steps are both given; give one budget"):
+        TrainingOptions(minutes=1.0, steps=5)
 
 
 def test_tied_embeddings_take_the_hidden_size_unasked(tmp_path: Path) -> None:
@@ -251,3 +262,47 @@ def test_tied_embeddings_take_the_hidden_size_unasked(tmp_path: Path) -> None:
     encoded = prepare_corpus([str(file)], CorpusOptions())
 
     assert plan(encoded, tied=True, hidden=160, steps=1).architecture.embedding == 160
+
+
+def made_by_speed(corpus: EncodedCorpus, tokens_per_second: float, **changes: Any) -> Plan:
+    """The plan of a machine on which networks of every size read so many tokens a second."""
+
+    def measure(
+        _recipe: Recipe, _architecture: Architecture, batches: Batches, **_: Any
+    ) -> tuple[Arithmetic, float]:
+        return "float32", batches.tokens_per_step / tokens_per_second
+
+    options = TrainingOptions(threads=1, **changes)
+    return make_plan(options, {}, corpus, elapsed=lambda: 0.0, measure=measure)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_largest_network_that_is_worth_it_is_taken(
+    corpus: EncodedCorpus, name: RecipeName
+) -> None:
+    """What can be read within the minutes decides which recipe it is."""
+    tokens = 1.5 * max(Draft.named(name).worth_from, 200_000)
+
+    assert made_by_speed(corpus, tokens / 600, minutes=10.0).recipe_name == name
+
+
+def test_a_recipe_asked_for_is_taken(corpus: EncodedCorpus) -> None:
+    """Even where there is no time for it to become good."""
+    assert made_by_speed(corpus, 1000.0, minutes=10.0, recipe="base").recipe_name == "base"
+
+
+def test_a_small_text_is_not_read_for_ever(corpus: EncodedCorpus) -> None:
+    """Minutes buy no more passes than the recipe says are of use; epochs are taken as given."""
+    most = Draft.named("tiny").most_passes
+
+    assert made_by_speed(corpus, 1e5, minutes=1e4, recipe="tiny").epochs == pytest.approx(
+        most, 0.01
+    )
+    assert made_by_speed(corpus, 1e5, epochs=999.0, recipe="tiny").epochs >= 999.0
+
+
+def test_more_passes_ask_for_more_dropout(corpus: EncodedCorpus) -> None:
+    """The plan's own number of passes settles what the recipe leaves open."""
+    few, many = (made_by_speed(corpus, 1e5, epochs=n, recipe="small").recipe for n in (1.0, 50.0))
+
+    assert few.dropout < many.dropout

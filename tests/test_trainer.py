@@ -20,6 +20,7 @@ from training.corpus import CorpusOptions, EncodedCorpus, prepare_corpus
 from training.evaluation import evaluate
 from training.network import Network
 from training.plan import Plan, make_plan
+from training.recipe import Recipe
 from training.resume import saved_run
 from training.runlog import Console
 from training.trainer import Outcome, Trainer, rare_tokens
@@ -36,8 +37,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> EncodedCorpus:
     return prepare_corpus([str(file)], CorpusOptions())
 
 
-def options(**changes: Any) -> TrainingOptions:
-    fields = {
+def plan_for(corpus: EncodedCorpus, **changes: Any) -> Plan:
+    """A plan of the smallest recipe, made smaller; changes are of the options or of the recipe."""
+    values = {
+        "recipe": "tiny",
         "hidden": 16,
         "batch_size": 4,
         "sequence_length": 16,
@@ -47,11 +50,9 @@ def options(**changes: Any) -> TrainingOptions:
         "threads": 1,
         "precision": "float32",
     }
-    return TrainingOptions(**fields | changes)
-
-
-def plan_for(corpus: EncodedCorpus, **changes: Any) -> Plan:
-    return make_plan(options(**changes), corpus, elapsed=lambda: 0.0)
+    values |= changes
+    choices = {name: values.pop(name) for name in set(values) & set(Recipe.__dataclass_fields__)}
+    return make_plan(TrainingOptions(**values), choices, corpus, elapsed=lambda: 0.0)
 
 
 def run(

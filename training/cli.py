@@ -34,6 +34,7 @@ from training.corpus.options import Documents
 from training.evaluation import PROTOCOLS, appraise
 from training.memory import keep_freed_memory
 from training.plan import choose_device, make_plan
+from training.recipe import Recipe, check_choices
 from training.report import end_text, leave_companions, loss_table, plan_text
 from training.resume import saved_run
 from training.runlog import Console
@@ -41,8 +42,9 @@ from training.trainer import Outcome, Trainer
 
 Made = TypeVar("Made")
 
-_FIELDS = (*fields(TrainingOptions), *fields(CorpusOptions))
+_FIELDS = (*fields(TrainingOptions), *fields(Recipe), *fields(CorpusOptions))
 _TRAINING = tuple(item.name for item in fields(TrainingOptions))
+_RECIPE = tuple(item.name for item in fields(Recipe))
 _CORPUS = tuple(item.name for item in fields(CorpusOptions))
 
 
@@ -60,6 +62,7 @@ _CORPUS = tuple(item.name for item in fields(CorpusOptions))
 @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, exactly.")
 @options_of(CorpusOptions)
 @options_of(TrainingOptions)
+@options_of(Recipe)
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -91,6 +94,8 @@ def train(
     if isinstance(device := choices.get("device", "auto"), str):
         _attempt(problems, choose_device, device)
     training_options = _attempt(problems, TrainingOptions, **_only(_TRAINING, choices))
+    recipe_choices = _only(_RECIPE, choices)
+    _attempt(problems, check_choices, recipe_choices)
     corpus_options = _attempt(problems, CorpusOptions, **_only(_CORPUS, choices))
     if problems or name is None or training_options is None or corpus_options is None:
         raise OptionError(problems)
@@ -106,7 +111,8 @@ def train(
     mode: WriteMode = "resume" if resume else "overwrite" if overwrite else "new"
     with _sigterm_exits(), ModelWriter(folder, mode=mode) as writer:
         if resume:
-            said = _only(choices, asdict(training_options) | asdict(corpus_options))
+            made = asdict(training_options) | recipe_choices | asdict(corpus_options)
+            said = _only(choices, made)
             run = saved_run(folder, said, corpus, report=console.note, progress_bar=console.reading)
             trainer = Trainer(
                 run.plan, run.corpus, writer, console=console, elapsed=elapsed, interrupted=stop
@@ -116,7 +122,7 @@ def train(
             encoded = prepare_corpus(
                 corpus, corpus_options, report=console.note, progress=console.reading
             )
-            plan = make_plan(training_options, encoded, elapsed=elapsed)
+            plan = make_plan(training_options, recipe_choices, encoded, elapsed=elapsed)
             console.note(plan_text(plan, encoded))
             trainer = Trainer(
                 plan, encoded, writer, console=console, elapsed=elapsed, interrupted=stop
@@ -180,7 +186,7 @@ def _choices(ctx: click.Context, config_file: Path | None, problems: list[str]) 
     chosen: dict[str, Any] = {}
     if config_file is not None:
         chosen = _attempt(problems, _read_options, config_file) or {}
-    on_line = given(ctx, (*_TRAINING, *_CORPUS))
+    on_line = given(ctx, (*_TRAINING, *_RECIPE, *_CORPUS))
     budgets = {"minutes", "epochs", "steps"}
     if budgets & set(on_line):
         chosen = {key: value for key, value in chosen.items() if key not in budgets}

@@ -1,18 +1,17 @@
 """The options of a training run: the only home of their defaults, limits and explanations.
 
-The command line, a TOML file and a program all fill the same frozen dataclass; `None` means "not
-given" and lets the plan decide (`training.plan`). Everything out of range is reported at once.
+What a network is and how it is fitted is a recipe's business (`training.recipe`); here is what
+remains: which recipe, for how long, with which seed and on what machine. `None` means "not given"
+and lets the plan decide (`training.plan`). Everything out of range is reported at once.
 """
 
-import operator
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
 
-from charloom.architecture import CELLS, Cell
-from charloom.cli.options import flag
 from charloom.errors import OptionError
 from charloom.params import THREADS_LIMIT
+from training.limits import option, range_problem
+from training.recipe import RECIPES, RecipeName
 
 Precision = Literal["auto", "float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -20,87 +19,21 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEFAULT_MINUTES = 5.0
 DEVICE_REMEDY = "choose auto, cpu, cuda, cuda:N or mps"
 
-_BOUNDS = (
-    ("least", "of at least", operator.ge),
-    ("above", "above", operator.gt),
-    ("most", "at most", operator.le),
-    ("below", "below", operator.lt),
-)
-
-
-def _range_words(limits: Mapping[str, Any]) -> str:
-    return " and ".join(f"{word} {limits[key]}" for key, word, _ in _BOUNDS if key in limits)
-
-
-def option(help_: str, **constraints: Any) -> Mapping[str, Any]:
-    """Metadata of a field: its sentence for `--help` and the range it must lie in."""
-    ends = [
-        f"{word}{constraints[key]:g}" if isinstance(constraints[key], float) else constraints[key]
-        for key, word in (("least", ""), ("above", "above "), ("most", ""), ("below", "below "))
-        if key in constraints
-    ]
-    return {"help": f"{help_}  [{' to '.join(map(str, ends))}]" if ends else help_, **constraints}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingOptions:
-    """What a user may choose about the network and the way it is fitted.
+    """What a user may choose about a run, beside its recipe.
 
     Raises `OptionError` with one sentence for every field out of range.
     """
 
-    cell: Cell = field(
-        default="lstm", metadata=option("Recurrent cell of every layer.", choices=CELLS)
-    )
-    layers: int = field(default=2, metadata=option("Recurrent layers.", least=1, most=32))
-    hidden: int = field(
-        default=256, metadata=option("Units in each layer's hidden state.", least=1, most=8192)
-    )
-    embedding: int | None = field(
+    recipe: RecipeName | None = field(
         default=None,
         metadata=option(
-            "Size of a token's embedding [default: the hidden size, 128 at most].",
-            least=1,
-            most=8192,
+            "Named choice of the network and the way it is fitted, which the options below it "
+            "change [default: by corpus, machine and budget].",
+            choices=RECIPES,
         ),
-    )
-    residual: bool = field(
-        default=False,
-        metadata=option(
-            "Add each layer's input to its output (from the second on).", choices=(False, True)
-        ),
-    )
-    tied: bool = field(
-        default=False,
-        metadata=option("Use the embedding as the output layer's weights.", choices=(False, True)),
-    )
-    dropout: float = field(
-        default=0.1,
-        metadata=option(
-            "Share of each layer's outputs dropped, one mask per lane and sequence.",
-            least=0.0,
-            most=0.99,
-        ),
-    )
-    weight_drop: float = field(
-        default=0.0,
-        metadata=option("Share of the recurrent weights dropped per step.", least=0.0, most=0.99),
-    )
-    batch_size: int = field(
-        default=16, metadata=option("Lanes of text read side by side.", least=1, most=65536)
-    )
-    sequence_length: int = field(
-        default=64,
-        metadata=option("Tokens per lane between two weight updates.", least=1, most=65536),
-    )
-    learning_rate: float = field(
-        default=4e-3, metadata=option("Peak of AdamW's learning rate.", above=0.0, most=10.0)
-    )
-    weight_decay: float = field(
-        default=0.01, metadata=option("AdamW's decay of weight matrices.", least=0.0, most=10.0)
-    )
-    clip_norm: float = field(
-        default=1.0, metadata=option("Largest norm of the gradient.", above=0.0, most=1e6)
     )
     minutes: float | None = field(
         default=None,
@@ -156,33 +89,5 @@ class TrainingOptions:
             problems.append(f"{' and '.join(budgets)} are both given; give one budget.")
         if not isinstance(self.device, str):
             problems.append(f"--device is {self.device!r}; {DEVICE_REMEDY}.")
-        if self.tied and self.embedding not in (None, self.hidden):
-            problems.append(
-                f"--tied needs --embedding equal to --hidden, not {self.embedding} and "
-                f"{self.hidden}; leave --embedding out."
-            )
         if problems:
             raise OptionError(problems)
-
-
-def range_problem(item: "Field[Any]", value: object) -> str | None:
-    """The sentence for a value outside its field's limits, or None; None as a value is fine."""
-    limits = item.metadata
-    if value is None:
-        return None
-    if "choices" in limits:
-        fits = any(type(value) is type(choice) and value == choice for choice in limits["choices"])
-        listed = ", ".join(str(choice).lower() for choice in limits["choices"])
-        return None if fits else f"{flag(item)} is {value!r}; choose one of {listed}."
-    bounds = [(word, holds, limits[key]) for key, word, holds in _BOUNDS if key in limits]
-    if not bounds:
-        return None
-    is_whole = any(isinstance(limit, int) for _, _, limit in bounds)
-    kind = "whole number" if is_whole else "number"
-    if (
-        isinstance(value, int if is_whole else int | float)
-        and not isinstance(value, bool)
-        and all(holds(value, limit) for _, holds, limit in bounds)
-    ):
-        return None
-    return f"{flag(item)} is {value!r}; give a {kind} {_range_words(limits)}."

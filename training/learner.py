@@ -14,10 +14,10 @@ from torch.nn import functional
 from charloom.architecture import Architecture
 from charloom.errors import DivergenceError
 from training.batches import IGNORED, Batch
-from training.config import TrainingOptions
 from training.masks import Purpose, chance
 from training.network import OUTPUT_GAIN, LayerState, Masks, Network
 from training.optimiser import Average, Optimiser
+from training.recipe import Recipe
 from training.recurrence import Arithmetic
 
 RARE_RATE = 0.05
@@ -33,48 +33,50 @@ class Learner:
 
     def __init__(
         self,
-        options: TrainingOptions,
+        recipe: Recipe,
         architecture: Architecture,
         *,
         steps: int,
+        seed: int,
         precision: Arithmetic,
         device: torch.device,
         unknown: int | None = None,
         rare: Tensor | None = None,
     ) -> None:
-        self._options = options
+        self._recipe = recipe
+        self._seed = seed
         self._precision: Arithmetic = precision
         self._device = device
         self._unknown = unknown
         self._rare = rare
-        self.network = Network(architecture, seed=options.seed).to(device)
+        self.network = Network(architecture, seed=seed).to(device)
         self.optimiser = Optimiser(
             self.network,
-            weight_decay=options.weight_decay,
-            clip_norm=options.clip_norm,
+            weight_decay=recipe.weight_decay,
+            clip_norm=recipe.clip_norm,
             gains={"output.weight": OUTPUT_GAIN},
         )
         self.average = Average(self.network, planned=steps)
-        self.hidden = self.network.initial_state(options.batch_size)
+        self.hidden = self.network.initial_state(recipe.batch_size)
 
     def learn(self, batch: Batch, *, step: int, rate: float) -> tuple[float, float]:
         """Update the weights once; the mean loss in nats per token and the gradient's norm.
 
         Raises `DivergenceError` before anything is changed when either is not a finite number.
         """
-        options = self._options
+        recipe = self._recipe
         if batch.fresh:
-            self.hidden = self.network.initial_state(options.batch_size)
+            self.hidden = self.network.initial_state(recipe.batch_size)
         inputs = torch.from_numpy(batch.inputs)
         targets = torch.from_numpy(batch.targets)
         if self._unknown is not None and self._rare is not None:
             inputs, targets = self._hide_rare(inputs, targets, step=step)
         masks = Masks.draw(
             self.network.architecture,
-            lanes=options.batch_size,
-            dropout=options.dropout,
-            weight_drop=options.weight_drop,
-            seed=options.seed,
+            lanes=recipe.batch_size,
+            dropout=recipe.dropout,
+            weight_drop=recipe.weight_drop,
+            seed=self._seed,
             step=step,
             device=self._device,
         )
@@ -91,7 +93,7 @@ class Learner:
             raise DivergenceError(
                 f"Training diverged at step {step + 1}: {what} at learning rate {rate:.3g}. "
                 f"Train again with --overwrite and a smaller --learning-rate than "
-                f"{options.learning_rate:g}."
+                f"{recipe.learning_rate:g}."
             )
         self.hidden = [tuple(part.detach() for part in layer) for layer in hidden]
         self.optimiser.step(rate)
@@ -108,7 +110,7 @@ class Learner:
             drawn = chance(
                 tuple(pair.shape),
                 RARE_RATE,
-                seed=self._options.seed,
+                seed=self._seed,
                 step=step,
                 purpose=Purpose.RARE,
             )

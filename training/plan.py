@@ -1,15 +1,13 @@
 """What a run is going to do, fixed and saved before its first step.
 
-The options leave open what depends on the corpus and the machine: vocabulary, arithmetic, threads,
-and how many steps fit into the minutes. `make_plan` settles these, the last by timing real steps on
-a throw-away copy of the network. From then on nothing is measured any more: a run is its plan, and
-a resumed run follows the plan that was saved.
+The options leave open what depends on the corpus and the machine: the recipe, the vocabulary, the
+arithmetic, the threads, and how many steps fit into the minutes. `make_plan` settles these, by
+timing real steps on throw-away copies of the networks that come into question. From then on nothing
+is measured any more: a run is its plan, and a resumed run follows the plan that was saved.
 """
 
 import math
 import os
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -19,10 +17,11 @@ import torch
 from charloom.architecture import Architecture
 from charloom.errors import OptionError
 from training.batches import Batches
+from training.calibration import calibrate, memory_needed, physical_memory, too_large
 from training.config import DEFAULT_MINUTES, DEVICE_REMEDY, TrainingOptions
 from training.corpus import EncodedCorpus
 from training.evaluation import Protocol
-from training.learner import Learner
+from training.recipe import RECIPES, Draft, Recipe, RecipeName
 from training.recurrence import Arithmetic
 
 EVALUATIONS = 16
@@ -49,13 +48,9 @@ BUDGET_SHARE = 0.9
 _CALIBRATION_SECONDS = 3.0
 _GLANCE_SECONDS = 0.3  # where steps are given, only the expected time rests on it
 _CALIBRATION_SHARE = 0.02
-_ID_BYTES = 40  # of inputs and targets, and of finding them in the text
-_COPIES = 8  # weights, gradient, two moments, average, best, and two on their way to the disk
-_WARMUP_STEPS = 2  # the first steps build kernels
 _FORWARD_SHARE = 0.4  # a forward pass costs a third of a step, a little more without large batches
 _STATEFUL_SLOWDOWN = 3.0  # one lane against many: 1.8 to 2.8 measured, fp32, 2x256 to 2x1024
 _FLOAT32_SLOWDOWN = 2.0  # against bfloat16; 1.3 to 1.8 measured
-_CLEARLY_FASTER = 1.2  # what bfloat16 must gain; less may be chance, and the next run's other way
 _FINISH_SECONDS = 4.0  # drawing the curves, model card, last save
 
 
@@ -64,6 +59,8 @@ class Plan:
     """Everything that decides what a run computes, and so what it can be resumed with."""
 
     options: TrainingOptions
+    recipe_name: RecipeName
+    recipe: Recipe
     architecture: Architecture
     corpus: str
     steps: int
@@ -93,6 +90,7 @@ class Plan:
         """Read what `to_json` wrote."""
         values = dict(fields)
         values["options"] = TrainingOptions(**values["options"])
+        values["recipe"] = Recipe(**values["recipe"])
         values["architecture"] = Architecture.from_json(values["architecture"])
         return cls(**values)
 
@@ -138,101 +136,26 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def too_large(options: TrainingOptions, architecture: Architecture) -> OptionError:
-    """The error about a network whose steps do not fit the memory."""
-    return OptionError(
-        [
-            f"--hidden {options.hidden} with --layers {options.layers} makes "
-            f"{architecture.parameters:,} parameters, which with --batch-size "
-            f"{options.batch_size} and --sequence-length {options.sequence_length} do not fit the "
-            "memory; make one of them smaller."
-        ]
-    )
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A recipe tried on this corpus and machine: the arithmetic to use and what a step takes."""
 
+    draft: Draft
+    recipe: Recipe
+    architecture: Architecture
+    batches: Batches
+    precision: Arithmetic
+    step_seconds: float
 
-def memory_needed(options: TrainingOptions, architecture: Architecture, positions: int) -> int:
-    """Bytes that a step on so many positions (lanes x steps) takes at least.
-
-    Within a position: token ids and masks, four times the logits, and of each unit its gates, its
-    state and its output, forward and back. Measured: this, or up to twice as much.
-    """
-    width = 2 if options.precision == "bfloat16" else 4  # auto tries float32 too
-    units = architecture.layers * architecture.hidden * (2 * architecture.gates + 4)
-    return (
-        _COPIES * 4 * architecture.parameters
-        + (_ID_BYTES + 4 * 4 * architecture.vocabulary + width * units) * positions
-    )
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def calibrate(
-    options: TrainingOptions,
-    architecture: Architecture,
-    batches: Batches,
-    *,
-    device: torch.device,
-    seconds: float,
-) -> tuple[Arithmetic, float]:
-    """The arithmetic to use and the seconds a step takes with it, from steps on throw-away copies.
-
-    `auto` times both; some processors refuse bfloat16, some emulate it. Raises `OptionError` where
-    bfloat16 was asked for and refused, and where a step does not fit the memory.
-    """
-    candidates: list[Arithmetic] = (
-        ["float32", "bfloat16"] if options.precision == "auto" else [options.precision]
-    )
-    times: dict[Arithmetic, float] = {}
-    refusal: RuntimeError | None = None
-    for precision in candidates:
-        try:
-            learner = Learner(options, architecture, steps=1, precision=precision, device=device)
-            times[precision] = _step_seconds(learner, batches, seconds / len(candidates))
-        except MemoryError as error:  # NumPy's; torch has none of its own
-            raise too_large(options, architecture) from error
-        except RuntimeError as error:
-            if "memory" in str(error):
-                raise too_large(options, architecture) from error
-            if precision == "float32":
-                raise
-            refusal = error
-    if not times:
-        message = "--precision is 'bfloat16', which this machine refuses; use auto or float32."
-        raise OptionError([message]) from refusal
-    best = choose_precision(times)
-    return best, times[best]
-
-
-def choose_precision(seconds: Mapping[Arithmetic, float]) -> Arithmetic:
-    """Which arithmetic to use, by the seconds of a step with each that is possible here.
-
-    bfloat16 only where it is clearly faster, so that chance does not decide between two runs.
-    """
-    if "float32" not in seconds:
-        return "bfloat16"
-    if "bfloat16" not in seconds or seconds["float32"] < _CLEARLY_FASTER * seconds["bfloat16"]:
-        return "float32"
-    return "bfloat16"
-
-
-def _step_seconds(learner: Learner, batches: Batches, seconds: float) -> float:
-    """Median time of a step, over as many as fit into `seconds`, at least three."""
-    times: list[float] = []
-    began = time.perf_counter()
-    for step, batch in enumerate(batches.since(0)):
-        start = time.perf_counter()
-        learner.learn(batch, step=step, rate=0.0)
-        now = time.perf_counter()
-        times.append(now - start)
-        if len(times) > _WARMUP_STEPS + 2 and now - began > seconds:
-            break
-    return statistics.median(times[_WARMUP_STEPS:])
+    @property
+    def token_seconds(self) -> float:
+        """What it takes to judge a held-out token."""
+        return self.step_seconds * _FORWARD_SHARE / self.batches.tokens_per_step
 
 
 def make_plan(
     options: TrainingOptions,
+    choices: Mapping[str, Any],
     corpus: EncodedCorpus,
     *,
     elapsed: Callable[[], float],
@@ -240,81 +163,57 @@ def make_plan(
 ) -> Plan:
     """Settle a plan for this corpus on this machine.
 
-    `elapsed` tells the seconds already used, and `measure` what `calibrate` does.
+    `choices` are fields of a recipe that stand whatever the recipe says. `elapsed` tells the
+    seconds already used, and `measure` what `calibrate` does.
 
-    Raises `OptionError` where the budget leaves no time for a single step, or the precision or
-    device asked for is not there.
+    Raises `OptionError` for choices out of range, where the budget leaves no time for a single
+    step, and where the precision or device asked for is not there or its memory too small.
     """
     if options.minutes is None and options.epochs is None and options.steps is None:
         options = replace(options, minutes=DEFAULT_MINUTES)
     device = choose_device(options.device)
     threads = torch.get_num_threads() if options.threads is None else options.threads
     torch.set_num_threads(threads)
-    embedding = options.embedding
-    if embedding is None:
-        embedding = options.hidden if options.tied else min(options.hidden, 128)
-    architecture = Architecture(
-        cell=options.cell,
-        vocabulary=corpus.tokenizer.vocabulary_size,
-        embedding=embedding,
-        hidden=options.hidden,
-        layers=options.layers,
-        residual=options.residual,
-        tied=options.tied,
-    )
-    batches = Batches(
-        corpus.train,
-        batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
-        seed=options.seed,
-    )
-    needed = memory_needed(options, architecture, batches.largest)
-    if device.type == "cpu" and needed > _physical_memory():
-        raise too_large(options, architecture)
-    if options.minutes is None:
-        budget = _GLANCE_SECONDS
-    else:
-        budget = min(_CALIBRATION_SECONDS, 60 * options.minutes * _CALIBRATION_SHARE)
-    precision, step_seconds = measure(options, architecture, batches, device=device, seconds=budget)
-    held_out = min(max(len(corpus.validation.tokens) - 1, 0), REPORT_TOKENS)
-    token_seconds = step_seconds * _FORWARD_SHARE / batches.tokens_per_step
-    # The last report is in float32.
-    windows_seconds = token_seconds * (_FLOAT32_SLOWDOWN if precision == "bfloat16" else 1.0)
-    one_lane = corpus.documents == "none"
-    costs: dict[Protocol, float] = {
-        "windows": windows_seconds,
-        "stateful": windows_seconds * (_STATEFUL_SLOWDOWN if one_lane else 1.0),
-    }
-    if options.minutes is None:
-        steps = _asked_steps(options, batches)
-        share = max(REPORT_SHARE * steps * step_seconds, REPORT_SECONDS)
-    else:
-        share = REPORT_SHARE * 60 * options.minutes
-    report = {
-        protocol: min(held_out, max(int(share / cost), FEWEST_TOKENS))
-        for protocol, cost in costs.items()
-    }
-    finish = _FINISH_SECONDS + sum(report[protocol] * cost for protocol, cost in costs.items())
+
+    def attempt(name: RecipeName) -> Trial:
+        return _attempt(name, options, choices, corpus, device=device, measure=measure)
+
+    trial = _choose(options, corpus, attempt, elapsed)
+    report, finish = _last_figures(trial, options, corpus)
+    used = elapsed() + finish
+    steps = _affordable_steps(trial, options, used=used)
     if options.minutes is not None:
-        steps = _fitting_steps(options.minutes, used=elapsed() + finish, step_seconds=step_seconds)
+        if steps < 1:
+            raise OptionError(
+                [
+                    f"--minutes is {options.minutes:g}, too short for one step of this network: "
+                    f"starting and finishing take {used:.0f} seconds and a step "
+                    f"{trial.step_seconds:.2g}; give more minutes or a smaller network."
+                ]
+            )
+        steps = min(steps, math.ceil(trial.draft.most_passes * trial.batches.steps_per_epoch))
+    passes = steps / trial.batches.steps_per_epoch
+    recipe = _settle(trial.draft, choices, corpus, passes=passes)
     every = max(1, math.ceil(steps / EVALUATIONS))
-    affordable = EVALUATION_SHARE * every * step_seconds / (2 * token_seconds)
-    evaluation = min(held_out, max(int(affordable), FEWEST_TOKENS))
-    evaluations = 2 * math.ceil(steps / every)
-    expected = elapsed() + steps * step_seconds + evaluations * evaluation * token_seconds + finish
+    affordable = EVALUATION_SHARE * every * trial.step_seconds / (2 * trial.token_seconds)
+    evaluation = min(_held_out(corpus), max(int(affordable), FEWEST_TOKENS))
+    evaluations = 2 * math.ceil(steps / every) * evaluation * trial.token_seconds
+    expected = elapsed() + steps * trial.step_seconds + evaluations + finish
     if options.minutes is not None:
         expected = min(expected, 60 * options.minutes)  # a plan that would miss them is shortened
     return Plan(
         options=options,
-        architecture=architecture,
+        recipe_name=trial.draft.name,
+        recipe=recipe,
+        architecture=trial.architecture,
         corpus=corpus.fingerprint,
         steps=steps,
-        epochs=steps / batches.steps_per_epoch,
+        epochs=passes,
         evaluate_every=every,
         evaluation_tokens=evaluation,
         report_tokens=report,
         finish_seconds=finish,
-        precision=precision,
+        precision=trial.precision,
         device=str(device),
         threads=threads,
         instruction_set=current_platform()["instruction set"],
@@ -323,24 +222,108 @@ def make_plan(
     )
 
 
-def _asked_steps(options: TrainingOptions, batches: Batches) -> int:
-    """The steps that --steps or --epochs stand for."""
+def _choose(
+    options: TrainingOptions,
+    corpus: EncodedCorpus,
+    attempt: Callable[[RecipeName], Trial],
+    elapsed: Callable[[], float],
+) -> Trial:
+    """The recipe asked for, else the largest whose network is worth it within the budget.
+
+    Networks are tried from the smallest up, so that none is timed that is far too slow.
+    """
+    if options.recipe is not None:
+        return attempt(options.recipe)
+    chosen = attempt(RECIPES[0])
+    for name in RECIPES[1:]:
+        try:
+            larger = attempt(name)
+        except OptionError:  # it does not fit the memory
+            break
+        _, finish = _last_figures(larger, options, corpus)
+        steps = _affordable_steps(larger, options, used=elapsed() + finish)
+        if steps * larger.batches.tokens_per_step < larger.draft.worth_from:
+            break
+        chosen = larger
+    return chosen
+
+
+def _attempt(
+    name: RecipeName,
+    options: TrainingOptions,
+    choices: Mapping[str, Any],
+    corpus: EncodedCorpus,
+    *,
+    device: torch.device,
+    measure: Callable[..., tuple[Arithmetic, float]],
+) -> Trial:
+    """Try the recipe of this name."""
+    draft = Draft.named(name)
+    recipe = _settle(draft, choices, corpus, passes=draft.most_passes)
+    architecture = recipe.architecture(corpus.tokenizer.vocabulary_size)
+    batches = Batches(
+        corpus.train,
+        batch_size=recipe.batch_size,
+        sequence_length=recipe.sequence_length,
+        seed=options.seed,
+    )
+    needed = memory_needed(architecture, batches.largest, precision=options.precision)
+    if device.type == "cpu" and needed > physical_memory():
+        raise too_large(recipe, architecture)
+    if options.minutes is None:
+        seconds = _GLANCE_SECONDS
+    else:
+        seconds = min(_CALIBRATION_SECONDS, 60 * options.minutes * _CALIBRATION_SHARE)
+    precision, step_seconds = measure(
+        recipe, architecture, batches, precision=options.precision, device=device, seconds=seconds
+    )
+    return Trial(draft, recipe, architecture, batches, precision, step_seconds)
+
+
+def _settle(
+    draft: Draft, choices: Mapping[str, Any], corpus: EncodedCorpus, *, passes: float
+) -> Recipe:
+    """The recipe for so many passes over this corpus."""
+    boundaries = corpus.train.boundaries
+    tokens = len(corpus.train.tokens)
+    mean = math.inf if boundaries is None else tokens / max(len(boundaries) - 1, 1)
+    return draft.settle(choices, passes=passes, document_tokens=mean)
+
+
+def _affordable_steps(trial: Trial, options: TrainingOptions, *, used: float) -> int:
+    """The steps that the budget is, or leaves room for beside the seconds that are used."""
+    if options.steps is not None:
+        return options.steps
     if options.epochs is not None:
-        return max(1, math.ceil(options.epochs * batches.steps_per_epoch))
-    assert options.steps is not None
-    return options.steps
+        return max(1, math.ceil(options.epochs * trial.batches.steps_per_epoch))
+    assert options.minutes is not None
+    left = BUDGET_SHARE * 60 * options.minutes - used
+    return max(0, int(left / (trial.step_seconds * (1 + EVALUATION_SHARE))))
 
 
-def _fitting_steps(minutes: float, *, used: float, step_seconds: float) -> int:
-    """The steps, with their evaluations, for which the minutes leave time beside what is used."""
-    left = BUDGET_SHARE * 60 * minutes - used
-    steps = int(left / (step_seconds * (1 + EVALUATION_SHARE)))
-    if steps < 1:
-        raise OptionError(
-            [
-                f"--minutes is {minutes:g}, too short for one step of this network: "
-                f"starting and finishing take {used:.0f} seconds and a step "
-                f"{step_seconds:.2g}; give more minutes or a smaller network."
-            ]
-        )
-    return steps
+def _held_out(corpus: EncodedCorpus) -> int:
+    """Held-out tokens that a figure may rest on."""
+    return min(max(len(corpus.validation.tokens) - 1, 0), REPORT_TOKENS)
+
+
+def _last_figures(
+    trial: Trial, options: TrainingOptions, corpus: EncodedCorpus
+) -> tuple[Mapping[Protocol, int], float]:
+    """How many tokens each of the last figures reads, and the seconds from there to the end."""
+    # They are taken in float32.
+    windows = trial.token_seconds * (_FLOAT32_SLOWDOWN if trial.precision == "bfloat16" else 1.0)
+    one_lane = corpus.documents == "none"
+    costs: dict[Protocol, float] = {
+        "windows": windows,
+        "stateful": windows * (_STATEFUL_SLOWDOWN if one_lane else 1.0),
+    }
+    if options.minutes is None:
+        steps = _affordable_steps(trial, options, used=0.0)
+        share = max(REPORT_SHARE * steps * trial.step_seconds, REPORT_SECONDS)
+    else:
+        share = REPORT_SHARE * 60 * options.minutes
+    tokens = {
+        protocol: min(_held_out(corpus), max(int(share / cost), FEWEST_TOKENS))
+        for protocol, cost in costs.items()
+    }
+    return tokens, _FINISH_SECONDS + sum(tokens[protocol] * costs[protocol] for protocol in costs)

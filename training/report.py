@@ -26,7 +26,7 @@ _PROTOCOLS = {
 
 def plan_text(plan: Plan, corpus: EncodedCorpus) -> str:
     """What is going to happen, one fact to a line."""
-    options, told = plan.options, corpus.description
+    recipe, told = plan.recipe, corpus.description
     train, held_out = len(corpus.train.tokens), len(corpus.validation.tokens)
     how = "the end of the text" if corpus.documents == "none" else "documents by their hash"
     threads = f"{plan.threads} thread{'s' if plan.threads > 1 else ''}"
@@ -36,9 +36,12 @@ def plan_text(plan: Plan, corpus: EncodedCorpus) -> str:
         f"{corpus.validation.characters:,} held out ({held_out / (train + held_out):.1%}, {how})",
         "vocabulary": f"{plan.architecture.vocabulary:,} tokens ({corpus.tokenizer.kind})",
         "network": describe(plan.architecture),
-        "plan": f"{plan.steps:,} steps of {options.batch_size} x {options.sequence_length} tokens, "
+        "recipe": f"{plan.recipe_name}: dropout {recipe.dropout:g}, weight drop "
+        f"{recipe.weight_drop:g}, learning rate {recipe.learning_rate:g}, weight decay "
+        f"{recipe.weight_decay:g}, gradients clipped at {recipe.clip_norm:g}",
+        "plan": f"{plan.steps:,} steps of {recipe.batch_size} x {recipe.sequence_length} tokens, "
         f"{plan.epochs:.1f} passes over the text, {plan.precision} on {plan.device}, {threads}, "
-        f"seed {options.seed}",
+        f"seed {plan.options.seed}",
         "expected": duration(plan.expected_seconds),
     }
     return "\n".join(f"{label:<12}{text}" for label, text in rows.items())

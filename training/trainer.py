@@ -130,9 +130,10 @@ class Trainer:
         self._seconds_before = 0.0
         self._seconds_aside = 0.0
         self.learner = Learner(
-            plan.options,
+            plan.recipe,
             plan.architecture,
             steps=plan.steps,
+            seed=plan.options.seed,
             precision=plan.precision,
             device=torch.device(plan.device),
             unknown=corpus.tokenizer.unknown,
@@ -140,8 +141,8 @@ class Trainer:
         )
         self._batches = Batches(
             corpus.train,
-            batch_size=plan.options.batch_size,
-            sequence_length=plan.options.sequence_length,
+            batch_size=plan.recipe.batch_size,
+            sequence_length=plan.recipe.sequence_length,
             seed=plan.options.seed,
         )
 
@@ -211,7 +212,7 @@ class Trainer:
             batch = next(batches)
             rate = learning_rate(
                 step,
-                peak=plan.options.learning_rate,
+                peak=plan.recipe.learning_rate,
                 planned=plan.steps,
                 shortened=self._progress.shortened,
             )
@@ -268,7 +269,7 @@ class Trainer:
                 f"Training diverged at step {before.step + 1}: the running loss is {smooth:.2f} "
                 f"nats, twice that of blind guessing, at learning rate {rate:.3g}. Train again "
                 "with --overwrite and a smaller --learning-rate than "
-                f"{self._plan.options.learning_rate:g}."
+                f"{self._plan.recipe.learning_rate:g}."
             )
         self._progress = replace(
             before,
@@ -323,7 +324,7 @@ class Trainer:
             raise DivergenceError(
                 f"Training diverged at step {self._progress.step}: the held-out loss became "
                 f"{loss.nats}. Train again with --overwrite and a smaller --learning-rate "
-                f"than {self._plan.options.learning_rate:g}."
+                f"than {self._plan.recipe.learning_rate:g}."
             )
         return loss
 
@@ -419,6 +420,7 @@ class Trainer:
         progress = self._progress
         return {
             "options": asdict(self._plan.options),
+            "recipe": {"name": self._plan.recipe_name, **asdict(self._plan.recipe)},
             "corpus": dict(self._corpus.description),
             "step": progress.step,
             "steps": self._steps,

@@ -5,9 +5,9 @@ where that differs from the field's.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
 
@@ -17,7 +17,8 @@ from charloom.errors import OptionError
 def options_of(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that gives a command one option per field of the dataclass `kind`.
 
-    Only types are read here; limits are checked, all together, when the dataclass is made.
+    Only types are read here; limits are checked, all together, when the dataclass is made. A field
+    without a default has none on the command line either: it is None where it is not given.
     """
     types = get_type_hints(kind)
 
@@ -29,8 +30,8 @@ def options_of(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., 
             command = click.option(
                 switches,
                 item.name,
-                default=item.default,
-                show_default=item.default not in (None, ()),
+                default=None if item.default is MISSING else item.default,
+                show_default=item.default not in (None, (), MISSING),
                 help=item.metadata["help"],
                 **_click_type(types[item.name]),
             )(command)
@@ -53,7 +54,7 @@ def given(ctx: click.Context, names: Iterable[str]) -> Mapping[str, Any]:
 
 def _click_type(annotation: Any) -> dict[str, Any]:
     """The arguments of `click.option` that read a field of this type."""
-    if get_origin(annotation) is UnionType:
+    if get_origin(annotation) in (UnionType, Union):  # the latter where a Literal has a name
         (annotation,) = (part for part in get_args(annotation) if part is not NoneType)
     if annotation is bool:
         return {}

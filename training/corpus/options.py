@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from charloom.cli.options import flag
 from charloom.errors import OptionError
 from charloom.tokenizer import PIECE_MODELS
-from training.config import option, range_problem
+from training.limits import option, range_problem
 
 Documents = Literal["none", "files", "lines", "records"]
 TokenizerChoice = Literal["characters", "bytes", "unigram", "bpe", "char", "sentencepiece"]
