@@ -9,7 +9,7 @@ import torch
 from charloom.architecture import Architecture
 from charloom.tokenizer import CharacterTokenizer
 from training.corpus import Split
-from training.evaluation import PROTOCOLS, WINDOW, Protocol, evaluate
+from training.evaluation import ADAPTATION_SEQUENCE, PROTOCOLS, WINDOW, Protocol, adapt, evaluate
 from training.network import Network
 
 TOKENIZER = CharacterTokenizer("abcdefgh")
@@ -202,3 +202,51 @@ def test_evaluation_leaves_training_alone() -> None:
 
     assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def slow_dynamic(model: Network, tokens: np.ndarray, rate: float) -> float:
+    """Score a stretch, then step down its mean gradient by the rule of RMSprop, written out."""
+    weights = list(model.parameters())
+    squares = [torch.zeros_like(weight) for weight in weights]
+    state, nats = model.initial_state(1), 0.0
+    for start in range(0, len(tokens) - 1, ADAPTATION_SEQUENCE):
+        stretch = torch.from_numpy(tokens[start : start + ADAPTATION_SEQUENCE + 1].astype(np.int64))
+        logits, after = model(stretch[:-1, None], state)
+        surprise = -torch.log_softmax(logits[:, 0], dim=1).gather(1, stretch[1:, None])
+        nats += float(surprise.detach().sum())
+        gradients = torch.autograd.grad(surprise.mean(), weights)
+        with torch.no_grad():
+            for weight, square, gradient in zip(weights, squares, gradients, strict=True):
+                square.mul_(0.99).add_(0.01 * gradient**2)
+                weight.sub_(rate * gradient / (square.sqrt() + 1e-8))
+        state = [tuple(part.detach() for part in layer) for layer in after]
+    return nats
+
+
+def test_dynamic_evaluation_scores_before_it_learns() -> None:
+    """Each stretch is scored by weights that saw only what stands before it, says a slow loop."""
+    split = text(1000)
+
+    loss = adapt(network(), split, TOKENIZER, rate=0.01)
+
+    assert loss.nats == pytest.approx(slow_dynamic(network(), split.tokens, 0.01), rel=1e-4)
+    assert loss.tokens == 999
+
+
+def test_dynamic_evaluation_without_a_step_is_stateful() -> None:
+    """At rate 0 nothing is learned, with documents or without."""
+    for split in (text(1000), documents([3, 700, 90, 1])):
+        plain = evaluate(network(), split, TOKENIZER, protocol="stateful")
+        still = adapt(network(), split, TOKENIZER, rate=0.0)
+
+        assert still.nats == pytest.approx(plain.nats, rel=1e-5)
+        assert still.tokens == plain.tokens
+
+
+def test_dynamic_evaluation_learns_what_is_there_to_be_learned() -> None:
+    """A text that repeats becomes cheap; one that is all chance never beats it."""
+    repeated = np.tile(np.arange(2, 10), 1000).astype(np.uint8)
+    order = Split(tokens=repeated, boundaries=None, characters=8000, bytes=8000)
+
+    assert adapt(network(), order, TOKENIZER, rate=0.01).nats_per_token < 1.0
+    assert adapt(network(), text(8000), TOKENIZER, rate=0.01).nats_per_token > math.log(8)

@@ -109,6 +109,21 @@ def test_evaluation_prints_both_protocols_as_a_table(charloom: Run, text: Path) 
     assert stateful.startswith("stateful")
 
 
+def test_evaluation_adapts_a_copy_of_the_model(charloom: Run, text: Path, models: Path) -> None:
+    """--dynamic adds a figure, lower on a text like the corpus, and changes no file."""
+    charloom("train", text, "--name", "bottles", "--steps", 20, *SMALL)
+    before = {file: file.read_bytes() for file in models.rglob("*") if file.is_file()}
+
+    options = ["--json", "--threads", 1, "--precision", "float32"]
+    result = charloom("evaluate", "bottles", text, *options, "--dynamic", 0.001)
+
+    figures = json.loads(result.stdout)
+    assert list(figures) == ["windows", "stateful", "dynamic"]
+    assert figures["dynamic"]["tokens"] == figures["stateful"]["tokens"]
+    assert figures["dynamic"]["bits_per_character"] < figures["stateful"]["bits_per_character"]
+    assert {file: file.read_bytes() for file in models.rglob("*") if file.is_file()} == before
+
+
 def test_evaluation_flags_characters_never_seen(charloom: Run, text: Path, tmp_path: Path) -> None:
     """They are counted in the figures and told on standard error."""
     charloom("train", text, "--name", "bottles", "--steps", 5, *SMALL)
@@ -333,12 +348,12 @@ def test_all_bad_options_are_reported_at_once(charloom: Run, text: Path, models:
 
 def test_evaluation_reports_bad_options_before_it_looks_for_the_model(charloom: Run) -> None:
     """Threads and encoding each have their sentence; of the model none is needed yet."""
-    options = ["--threads", 0, "--encoding", "utf-9"]
+    options = ["--threads", 0, "--encoding", "utf-9", "--dynamic", -1]
 
     result = charloom("evaluate", "nowhere", "text.txt", *options)
 
     assert result.exit_code == 2
-    for part in ("--threads is 0", "--encoding is 'utf-9'"):
+    for part in ("--threads is 0", "--encoding is 'utf-9'", "--dynamic is -1.0; give a number"):
         assert part in result.stderr
     assert "nowhere" not in result.stderr
 

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, TypeVar, get_args
 
 import click
+import torch
 from tqdm import tqdm
 
 from charloom.checkpoint import ModelWriter, WriteMode, check_name, find_model
@@ -31,8 +32,9 @@ from charloom.params import Precision
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, encode_text, prepare_corpus
 from training.corpus.options import Documents
-from training.evaluation import PROTOCOLS, appraise
+from training.evaluation import PROTOCOLS, Loss, adapt, appraise
 from training.memory import keep_freed_memory
+from training.network import Network
 from training.plan import choose_device, make_plan
 from training.recipe import Recipe, check_choices
 from training.report import end_text, leave_companions, loss_table, plan_text
@@ -251,6 +253,13 @@ def _name_problems(name: str | None) -> list[str]:
 @click.option(
     "--encoding", default="utf-8", show_default=True, help="Encoding of the text, or auto."
 )
+@click.option(
+    "--dynamic",
+    type=float,
+    metavar="RATE",
+    help="Let a copy of the model go on learning from the text it has read, in steps of this size "
+    "(0.001 is a good one), and report that loss too: dynamic evaluation.",
+)
 @precision_option
 @threads_option
 @click.pass_obj
@@ -264,13 +273,15 @@ def evaluate(
     documents: str | None,
     field: str | None,
     encoding: str,
+    dynamic: float | None,
     precision: Precision,
     threads: int | None,
 ) -> None:
     """Measure how well MODEL predicts the text of FILE..., by both protocols.
 
     stateful: read once from the start, hidden state carried. windows: 256 tokens at a time from a
-    fresh start. The arithmetic is that of sampling, with the same --precision.
+    fresh start. The arithmetic is that of sampling, with the same --precision; a model that goes on
+    learning (--dynamic) computes in float32.
     """
     problems: list[str] = []
     _attempt(problems, TrainingOptions, threads=threads)
@@ -278,6 +289,8 @@ def evaluate(
     if documents is not None:
         reading["documents"] = documents
     _attempt(problems, CorpusOptions, **reading)
+    if dynamic is not None and not 0.0 <= dynamic <= 1.0:
+        problems.append(f"--dynamic is {dynamic!r}; give a number of at least 0 and at most 1.")
     if problems:
         raise OptionError(problems)
     standard_output()  # a measurement that nobody can be told is not begun
@@ -296,12 +309,20 @@ def evaluate(
     )
     scorer = loaded.scorer(precision=precision)
     with tqdm(unit=" tokens", leave=False, disable=not is_watched()) as bar:
-        losses = {
+        losses: dict[str, Loss] = {
             protocol: appraise(
                 scorer, split, loaded.tokenizer, protocol=protocol, progress=bar.update
             )
             for protocol in PROTOCOLS
         }
+        if dynamic is not None:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            checkpoint = loaded.checkpoint
+            network = Network.from_arrays(checkpoint.architecture, checkpoint.tensors)
+            losses["dynamic"] = adapt(
+                network, split, loaded.tokenizer, rate=dynamic, progress=bar.update
+            )
     unknown = losses["stateful"].unknown
     if unknown:
         click.echo(

@@ -35,6 +35,9 @@ Protocol = Literal["windows", "stateful"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 WINDOW = 256
+ADAPTATION_SEQUENCE = 64
+"""Tokens between two steps of dynamic evaluation."""
+
 _STATEFUL_SEQUENCE = 1024
 _LOGITS = 1 << 24
 _BLOCK = 1 << 20
@@ -167,6 +170,52 @@ def appraise(
             progress(len(part))
 
     return _measure(read, split, tokenizer, protocol=protocol, limit=None)
+
+
+def adapt(
+    network: Network,
+    split: Split,
+    tokenizer: Tokenizer,
+    *,
+    rate: float,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Loss:
+    """The loss of a network that goes on learning from the text while it reads it.
+
+    *Dynamic evaluation* (Krause, Kahembwe, Murray and Renals, 2018): the text is read once as in
+    *stateful*, and after every `ADAPTATION_SEQUENCE` tokens, when they have been scored, the
+    weights take a step down their gradient, each divided by its running root mean square; `rate` is
+    about the size of the step. No token is scored by weights that have seen it. `network` is
+    changed; `progress` is told how many tokens more have been read.
+
+    Raises `CorpusError` when there is nothing to score.
+    """
+    descent = torch.optim.RMSprop(network.parameters(), lr=rate)
+
+    def read(
+        tokens: NDArray[np.unsignedinteger[Any]],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+    ) -> Iterator[tuple[float, NDArray[np.int64]]]:
+        for piece in range(len(starts)):
+            one = slice(piece, piece + 1)
+            state = network.initial_state(1)
+            for batch in windows(
+                tokens, starts[one], lengths[one], sequence_length=ADAPTATION_SEQUENCE
+            ):
+                logits, after = network(torch.from_numpy(batch.inputs), state)
+                targets = torch.from_numpy(batch.targets)
+                loss = functional.cross_entropy(
+                    logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+                )
+                yield float(loss.detach()) * batch.tokens, batch.targets[batch.targets != IGNORED]
+                progress(batch.tokens)
+                loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+                descent.step()
+                descent.zero_grad()
+                state = [tuple(part.detach() for part in layer) for layer in after]
+
+    return _measure(read, split, tokenizer, protocol="stateful", limit=None)
 
 
 def _measure(

@@ -9,7 +9,7 @@ from charloom.architecture import Architecture
 from charloom.checkpoint import ModelWriter, read_history
 from training import curves
 from training.corpus import EncodedCorpus
-from training.evaluation import Loss, Protocol
+from training.evaluation import Loss
 from training.plan import Plan
 from training.runlog import duration
 from training.trainer import Outcome, Trainer
@@ -65,7 +65,7 @@ def end_text(outcome: Outcome, model: str, summary: Mapping[str, Any], seconds: 
     return "\n".join(lines)
 
 
-def loss_table(losses: Mapping[Protocol, Loss]) -> str:
+def loss_table(losses: Mapping[str, Loss]) -> str:
     """The figures of a text by each protocol, as a table."""
     rows = [("protocol", "nats/char", "bits/char", "bits/byte", "characters")]
     rows += [
