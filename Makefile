@@ -99,6 +99,6 @@ else
 	$(BIN)/python -m pip install --constraint constraints.txt --index-url $(TORCH_INDEX) --no-deps \
 		$(AGAIN) torch
 endif
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,serve,redis,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,tensorboard,serve,redis,dev]'
 	@echo '$(TORCH_INDEX)' >.venv/torch-index
 	@touch $@

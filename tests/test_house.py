@@ -345,7 +345,7 @@ def test_make_installs_once_and_again_when_the_pins_change(checkout: Path) -> No
     first = journal(checkout)
     assert "-m venv --clear .venv" in first
     assert "-m pip install --constraint constraints.txt torch" in first
-    assert "--editable .[train,serve,redis,dev]" in first[-1]
+    assert "--editable .[train,tensorboard,serve,redis,dev]" in first[-1]
 
     assert make(checkout, "install", "PYTHON=./python").returncode == 0
     assert journal(checkout) == []
@@ -354,7 +354,7 @@ def test_make_installs_once_and_again_when_the_pins_change(checkout: Path) -> No
     assert make(checkout, "install", "PYTHON=./python").returncode == 0
     refreshed = journal(checkout)
     assert "-m venv --clear .venv" not in refreshed
-    assert "--editable .[train,serve,redis,dev]" in refreshed[-1]
+    assert "--editable .[train,tensorboard,serve,redis,dev]" in refreshed[-1]
 
 
 def test_make_takes_torch_from_the_index_named_and_remembers_it(checkout: Path) -> None:

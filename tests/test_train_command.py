@@ -97,6 +97,17 @@ def test_what_was_trained_can_be_sampled_and_evaluated(charloom: Run, text: Path
     assert 0 < figures["stateful"]["bits_per_character"] < 7
 
 
+def test_the_history_goes_to_tensorboard_too(charloom: Run, text: Path, tmp_path: Path) -> None:
+    """--tensorboard DIR leaves an event file in a folder of the model's name."""
+    options = ["--steps", 20, *SMALL, "--tensorboard", tmp_path / "board"]
+
+    assert charloom("train", text, "--name", "bottles", *options).exit_code == 0
+
+    (file,) = (tmp_path / "board" / "bottles").iterdir()
+    assert file.name.startswith("events.out.tfevents")
+    assert b"loss/training" in file.read_bytes()
+
+
 def test_evaluation_prints_both_protocols_as_a_table(charloom: Run, text: Path) -> None:
     """Nats, bits per character and bits per byte stand in columns."""
     charloom("train", text, "--name", "bottles", "--steps", 5, *SMALL)

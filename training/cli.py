@@ -11,7 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
@@ -38,8 +38,9 @@ from training.network import Network
 from training.plan import choose_device, make_plan
 from training.recipe import Recipe, check_choices
 from training.report import end_text, leave_companions, loss_table, plan_text
-from training.resume import saved_run
+from training.resume import SavedRun, saved_run
 from training.runlog import Console
+from training.scalars import Scalars, check_installed
 from training.trainer import Outcome, Trainer
 
 Made = TypeVar("Made")
@@ -62,6 +63,12 @@ _CORPUS = tuple(item.name for item in fields(CorpusOptions))
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model of this name.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted, exactly.")
+@click.option(
+    "--tensorboard",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the figures of each evaluation for TensorBoard too, into DIR/NAME.",
+)
 @options_of(CorpusOptions)
 @options_of(TrainingOptions)
 @options_of(Recipe)
@@ -75,6 +82,7 @@ def train(
     config_file: Path | None,
     overwrite: bool,
     resume: bool,
+    tensorboard: Path | None,
     **_: Any,
 ) -> None:
     """Train a model on CORPUS: files, folders, globs, addresses, - or a built-in corpus.
@@ -93,6 +101,8 @@ def train(
             "No corpus is given; name a file, folder, address, - for standard input, python-docs "
             "or python-stdlib."
         )
+    if tensorboard is not None:
+        _attempt(problems, check_installed)
     if isinstance(device := choices.get("device", "auto"), str):
         _attempt(problems, choose_device, device)
     training_options = _attempt(problems, TrainingOptions, **_only(_TRAINING, choices))
@@ -111,24 +121,36 @@ def train(
 
     stop = StopRequest()
     mode: WriteMode = "resume" if resume else "overwrite" if overwrite else "new"
-    with _sigterm_exits(), ModelWriter(folder, mode=mode) as writer:
+    with ExitStack() as stack:
+        stack.enter_context(_sigterm_exits())
+        writer = stack.enter_context(ModelWriter(folder, mode=mode))
+        run: SavedRun | None = None
         if resume:
             made = asdict(training_options) | recipe_choices | asdict(corpus_options)
             said = _only(choices, made)
             run = saved_run(folder, said, corpus, report=console.note, progress_bar=console.reading)
-            trainer = Trainer(
-                run.plan, run.corpus, writer, console=console, elapsed=elapsed, interrupted=stop
-            )
-            trainer.restore(run.checkpoint, run.state)
+            plan, encoded = run.plan, run.corpus
         else:
             encoded = prepare_corpus(
                 corpus, corpus_options, report=console.note, progress=console.reading
             )
             plan = make_plan(training_options, recipe_choices, encoded, elapsed=elapsed)
             console.note(plan_text(plan, encoded))
-            trainer = Trainer(
-                plan, encoded, writer, console=console, elapsed=elapsed, interrupted=stop
-            )
+        scalars: Scalars | None = None
+        if tensorboard is not None:
+            after = 0 if run is None else run.step
+            scalars = stack.enter_context(Scalars(tensorboard / name, after=after))
+        trainer = Trainer(
+            plan,
+            encoded,
+            writer,
+            console=console,
+            elapsed=elapsed,
+            interrupted=stop,
+            scalars=scalars,
+        )
+        if run is not None:
+            trainer.restore(run.checkpoint, run.state)
         with stop.listening():
             outcome = trainer.run()
             is_over = outcome is not Outcome.INTERRUPTED

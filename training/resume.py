@@ -21,6 +21,7 @@ class SavedRun:
     corpus: EncodedCorpus
     checkpoint: Checkpoint
     state: TrainerState
+    step: int
 
 
 def saved_run(
@@ -76,7 +77,7 @@ def saved_run(
             "bit for bit as it would have there."
         )
     report(f"Resuming {folder.name} after step {progress.step:,} of {plan.steps:,}.")
-    return SavedRun(plan, corpus, checkpoint, state)
+    return SavedRun(plan, corpus, checkpoint, state, progress.step)
 
 
 def _find_corpus(

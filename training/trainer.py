@@ -33,6 +33,7 @@ from training.network import Network
 from training.optimiser import learning_rate
 from training.plan import Plan
 from training.runlog import Console, duration
+from training.scalars import Scalars
 
 SAMPLE_EVERY = 4
 SAMPLE_TOKENS = 160
@@ -102,7 +103,8 @@ class Progress:
 class Trainer:
     """One run of one plan; `learner` is what it trains.
 
-    `elapsed` tells the seconds since the command began; `interrupted` whether it was asked to stop.
+    `elapsed` tells the seconds since the command began; `interrupted` whether it was asked to stop;
+    `scalars` take the lines of the history too.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Trainer:
         console: Console,
         elapsed: Callable[[], float] = time.monotonic,
         interrupted: Callable[[], bool] = lambda: False,
+        scalars: Scalars | None = None,
     ) -> None:
         torch.set_num_threads(plan.threads)
         self._plan = plan
@@ -122,6 +125,7 @@ class Trainer:
         self._console = console
         self._elapsed = elapsed
         self._interrupted = interrupted
+        self._scalars = scalars
         self._progress = Progress()
         self._best_weights: dict[str, NDArray[Any]] = {}
         self._reports: dict[str, Any] = {}
@@ -302,11 +306,17 @@ class Trainer:
                     self._best_weights = _arrays(weights)
                     self._reports = {"windows": loss.to_json()}
         self._progress = replace(progress, best=best, stale=stale, sum_nats=0.0, sum_tokens=0)
-        self._writer.append_history(line)
+        self._tell(line)
         self._console.evaluated(line, self._steps)
         if progress.step // self._plan.evaluate_every % SAMPLE_EVERY == 0:
             text = self.sample(SAMPLE_TOKENS)
             self._console.note("\n".join(f"    | {visible(line)}" for line in text.split("\n")))
+
+    def _tell(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the history."""
+        self._writer.append_history(line)
+        if self._scalars is not None:
+            self._scalars.add(line)
 
     def _loss(self, weights: Mapping[str, Tensor]) -> Loss:
         """Windows loss of these weights on the plan's share of the held-out text."""
@@ -342,7 +352,7 @@ class Trainer:
         if steps >= self._steps:
             return
         self._progress = replace(progress, shortened=(progress.step, steps))
-        self._writer.append_history({"step": progress.step, "event": "shortened", "steps": steps})
+        self._tell({"step": progress.step, "event": "shortened", "steps": steps})
         self._console.note(
             f"The machine has become slower: the plan ends after {steps:,} steps instead of "
             f"{self._plan.steps:,}."
