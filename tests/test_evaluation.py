@@ -9,7 +9,16 @@ import torch
 from charloom.architecture import Architecture
 from charloom.tokenizer import CharacterTokenizer
 from training.corpus import Split
-from training.evaluation import ADAPTATION_SEQUENCE, PROTOCOLS, WINDOW, Protocol, adapt, evaluate
+from training.evaluation import (
+    ADAPTATION_SEQUENCE,
+    PROTOCOLS,
+    TEMPERATURES,
+    WINDOW,
+    Protocol,
+    adapt,
+    evaluate,
+    fit_temperature,
+)
 from training.network import Network
 
 TOKENIZER = CharacterTokenizer("abcdefgh")
@@ -202,6 +211,43 @@ def test_evaluation_leaves_training_alone() -> None:
 
     assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def louder(model: Network, factor: float) -> Network:
+    """The same network with its logits multiplied."""
+    return Network.from_arrays(
+        model.architecture,
+        {
+            name: part.detach().numpy() * (factor if name.startswith("output.") else 1.0)
+            for name, part in model.named_parameters()
+        },
+    )
+
+
+@torch.inference_mode()
+def written_by(model: Network, count: int) -> Split:
+    """A text drawn from the network's own predictions."""
+    generator = torch.Generator().manual_seed(0)
+    state, tokens = model.initial_state(1), [2]
+    while len(tokens) < count:
+        logits, state = model(torch.tensor([[tokens[-1]]]), state)
+        tokens.append(int(torch.multinomial(logits[0, 0].softmax(0), 1, generator=generator)))
+    array = np.array(tokens, np.uint8)
+    return Split(tokens=array, boundaries=None, characters=count, bytes=count)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.0, 1.5, 3.0])
+def test_the_fitted_temperature_is_the_best_of_all(factor: float) -> None:
+    """A fine search by brute force finds the same minimum; beyond the candidates it is the last."""
+    model = louder(network(), 10.0)
+    split = written_by(model, 4000)
+    model = louder(model, factor)
+
+    def loss(temperature: float) -> float:
+        return evaluate(louder(model, 1 / temperature), split, TOKENIZER, protocol="windows").nats
+
+    brute = min(np.geomspace(TEMPERATURES[0], TEMPERATURES[-1], 71), key=loss)
+    assert fit_temperature(model, split) == pytest.approx(brute, rel=0.01)
 
 
 def slow_dynamic(model: Network, tokens: np.ndarray, rate: float) -> float:

@@ -109,6 +109,7 @@ def summary(**changes: Any) -> dict[str, Any]:
         "seconds": 61.0,
         "finished": True,
         "precision": "float32",
+        "temperature": 1.08,
         "validation": {"windows": loss, "stateful": loss},
     }
     return facts | changes

@@ -14,7 +14,7 @@ import torch
 
 from charloom import checkpoint as checkpoints
 from charloom.checkpoint import ModelWriter, read_history
-from charloom.errors import DivergenceError
+from charloom.errors import DivergenceError, OptionError
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, EncodedCorpus, prepare_corpus
 from training.evaluation import evaluate
@@ -204,7 +204,7 @@ def test_the_published_weights_are_the_best_ever_evaluated(
     tmp_path: Path, corpus: EncodedCorpus
 ) -> None:
     """Their loss is the lowest of the history, trained and averaged weights alike."""
-    plan = plan_for(corpus, steps=64, learning_rate=0.05)
+    plan = plan_for(corpus, steps=64, learning_rate=0.05, output_temperature=1.0)
     run(tmp_path / "model", plan, corpus)
     checkpoint = checkpoints.load(tmp_path / "model")
     network = Network.from_arrays(checkpoint.architecture, checkpoint.tensors)
@@ -221,6 +221,52 @@ def test_the_published_weights_are_the_best_ever_evaluated(
         line[name] for line in read_history(tmp_path / "model") for name in ("trained", "averaged")
     )
     assert loss.nats_per_character == lowest
+
+
+def test_the_output_layer_is_divided_by_the_temperature(
+    tmp_path: Path, corpus: EncodedCorpus
+) -> None:
+    """Two runs alike but for the temperature differ in the output layer, by just that factor."""
+    for name, temperature in (("plain", 1.0), ("asked", 1.25), ("fitted", None)):
+        plan = plan_for(corpus, output_temperature=temperature)
+        run(tmp_path / name, plan, corpus)
+    plain, asked, fitted = (
+        checkpoints.load(tmp_path / name) for name in ("plain", "asked", "fitted")
+    )
+
+    for other in (asked, fitted):
+        divisor = np.float32(other.summary["temperature"])
+        for name, part in plain.tensors.items():
+            wanted = part / divisor if name.startswith("output.") else part
+            assert np.array_equal(other.tensors[name], wanted)
+    assert asked.summary["temperature"] == 1.25
+    losses = [
+        found.summary["validation"]["windows"]["nats_per_character"]
+        for found in (fitted, plain, asked)
+    ]
+    assert losses[0] == min(losses)
+
+
+def test_a_temperature_can_be_given_where_nothing_is_held_out(tmp_path: Path) -> None:
+    """The published average takes it; without one nothing is fitted to the training text."""
+    file = tmp_path / "bottles.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    encoded = prepare_corpus([str(file)], CorpusOptions(validation=0.0))
+    for name, temperature in (("plain", None), ("asked", 2.0)):
+        run(tmp_path / name, plan_for(encoded, output_temperature=temperature), encoded)
+    plain, asked = (checkpoints.load(tmp_path / name) for name in ("plain", "asked"))
+
+    assert plain.summary["temperature"] is None
+    assert np.array_equal(asked.tensors["output.bias"] * 2, plain.tensors["output.bias"])
+
+
+def test_a_tied_output_layer_has_no_temperature(tmp_path: Path, corpus: EncodedCorpus) -> None:
+    """It is the embedding too: nothing is fitted, and asking for one is refused."""
+    run(tmp_path / "tied", plan_for(corpus, tied=True), corpus)
+
+    assert checkpoints.load(tmp_path / "tied").summary["temperature"] is None
+    with pytest.raises(OptionError, match="--output-temperature 2 has no effect with --tied"):
+        plan_for(corpus, tied=True, output_temperature=2.0)
 
 
 def test_both_protocols_are_reported(tmp_path: Path, corpus: EncodedCorpus) -> None:

@@ -54,6 +54,14 @@ class TrainingOptions:
         default=12,
         metadata=option("Evaluations without progress before stopping early.", least=1, most=10**6),
     )
+    output_temperature: float | None = field(
+        default=None,
+        metadata=option(
+            "Divide the output layer by this at the end [default: what fits the held-out text].",
+            least=0.1,
+            most=10.0,
+        ),
+    )
     seed: int = field(
         default=1,
         metadata=option("Seed of weights, masks and data order.", least=0, most=2**53 - 1),

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
 from charloom.errors import CorpusError
@@ -37,6 +38,9 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 WINDOW = 256
 ADAPTATION_SEQUENCE = 64
 """Tokens between two steps of dynamic evaluation."""
+
+TEMPERATURES = tuple(0.8 * 1.05**k for k in range(15))
+"""Candidates of `fit_temperature`: from 0.8 to 1.58, each a twentieth above the one before."""
 
 _STATEFUL_SEQUENCE = 1024
 _LOGITS = 1 << 24
@@ -113,37 +117,104 @@ def evaluate(
     (or a text whose pieces are longer) the beginning. `between` is called before each batch; what
     it raises ends the measurement.
     """
-    sequence = WINDOW if protocol == "windows" else _STATEFUL_SEQUENCE
 
-    @torch.inference_mode()
     def read(
         tokens: NDArray[np.unsignedinteger[Any]],
         starts: NDArray[np.int64],
         lengths: NDArray[np.int64],
     ) -> Iterator[tuple[float, NDArray[np.int64]]]:
-        device = network.embedding.weight.device
-        lanes = max(1, min(128, _LOGITS // (sequence * network.architecture.vocabulary)))
-        for block in range(0, len(starts), 16 * lanes):
-            order = block + np.argsort(lengths[block : block + 16 * lanes], kind="stable")
-            for first in range(0, len(order), lanes):
-                group = order[first : first + lanes]
-                state = network.initial_state(len(group))
-                for batch in windows(
-                    tokens, starts[group], lengths[group], sequence_length=sequence
-                ):
-                    between()
-                    inputs = torch.from_numpy(batch.inputs).to(device)
-                    targets = torch.from_numpy(batch.targets).to(device)
-                    logits, state = network(inputs, state, precision=precision)
-                    nats = functional.cross_entropy(
-                        logits.flatten(0, 1),
-                        targets.flatten(),
-                        ignore_index=IGNORED,
-                        reduction="sum",
-                    )
-                    yield float(nats), batch.targets[batch.targets != IGNORED]
+        for logits_NV, targets_N in _predict(
+            network,
+            tokens,
+            starts,
+            lengths,
+            protocol=protocol,
+            precision=precision,
+            between=between,
+        ):
+            nats = functional.cross_entropy(
+                logits_NV, targets_N, ignore_index=IGNORED, reduction="sum"
+            )
+            scored_N = targets_N.cpu().numpy()
+            yield float(nats), scored_N[scored_N != IGNORED]
 
     return _measure(read, split, tokenizer, protocol=protocol, limit=limit)
+
+
+def fit_temperature(
+    network: Network,
+    split: Split,
+    *,
+    limit: int | None = None,
+    precision: Arithmetic = "float32",
+    between: Callable[[], None] = lambda: None,
+) -> float:
+    """The temperature at which the network predicts a split best, in *windows*.
+
+    A network that has begun to learn its text by heart is too sure of itself on any other. Dividing
+    the logits by a temperature above 1 mends that (Guo, Pleiss, Sun and Weinberger, 2017), below 1
+    what strong regularisation makes too cautious. All candidates are judged in one reading; between
+    the best of them and its neighbours the loss is taken for a parabola. `limit` and `between` are
+    as for `evaluate`; raises `CorpusError` when there is nothing to score.
+    """
+    nats_K = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+    for starts, lengths in _pieces(split, protocol="windows", limit=limit):
+        for logits_NV, targets_N in _predict(
+            network,
+            split.tokens,
+            starts,
+            lengths,
+            protocol="windows",
+            precision=precision,
+            between=between,
+        ):
+            nats_K += torch.tensor(
+                [
+                    float(
+                        functional.cross_entropy(
+                            logits_NV / temperature,
+                            targets_N,
+                            ignore_index=IGNORED,
+                            reduction="sum",
+                        )
+                    )
+                    for temperature in TEMPERATURES
+                ]
+            )
+    best = min(max(int(nats_K.argmin()), 1), len(TEMPERATURES) - 2)
+    left, middle, right = nats_K[best - 1 : best + 2].tolist()
+    offset = (left - right) / (2 * (left - 2 * middle + right))
+    step = TEMPERATURES[best + 1] / TEMPERATURES[best]
+    fitted: float = TEMPERATURES[best] * step ** min(max(offset, -1.0), 1.0)
+    return round(fitted, 3)
+
+
+@torch.inference_mode()
+def _predict(
+    network: Network,
+    tokens: NDArray[np.unsignedinteger[Any]],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    *,
+    protocol: Protocol,
+    precision: Arithmetic,
+    between: Callable[[], None],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (N, V) and targets (N,) of these pieces, batch by batch; padding is `IGNORED`."""
+    device = network.embedding.weight.device
+    sequence = WINDOW if protocol == "windows" else _STATEFUL_SEQUENCE
+    lanes = max(1, min(128, _LOGITS // (sequence * network.architecture.vocabulary)))
+    for block in range(0, len(starts), 16 * lanes):
+        order = block + np.argsort(lengths[block : block + 16 * lanes], kind="stable")
+        for first in range(0, len(order), lanes):
+            group = order[first : first + lanes]
+            state = network.initial_state(len(group))
+            for batch in windows(tokens, starts[group], lengths[group], sequence_length=sequence):
+                between()
+                inputs = torch.from_numpy(batch.inputs).to(device)
+                targets = torch.from_numpy(batch.targets).to(device)
+                logits, state = network(inputs, state, precision=precision)
+                yield logits.flatten(0, 1), targets.flatten()
 
 
 def appraise(
@@ -222,6 +293,30 @@ def _measure(
     read: Reading, split: Split, tokenizer: Tokenizer, *, protocol: Protocol, limit: int | None
 ) -> Loss:
     """Cut a split into the pieces of a protocol, have them read, and add up."""
+    nats, scored_V = 0.0, np.zeros(tokenizer.vocabulary_size, np.int64)
+    for starts, lengths in _pieces(split, protocol=protocol, limit=limit):
+        for surprise, tokens_N in read(split.tokens, starts, lengths):
+            nats += surprise
+            scored_V += np.bincount(tokens_N, minlength=len(scored_V))
+    characters_V, bytes_V = tokenizer.lengths()
+    size = float(scored_V @ bytes_V)
+    unknown = 0
+    if tokenizer.unknown is not None and (unknown := int(scored_V[tokenizer.unknown])):
+        nats += unknown * math.log(tokenizer.strangers)
+        size = float(scored_V @ _true_lengths(split, bytes_V, tokenizer.unknown))
+    return Loss(
+        nats=nats,
+        tokens=int(scored_V.sum()),
+        characters=int(scored_V @ characters_V),
+        bytes=round(size),
+        unknown=unknown,
+    )
+
+
+def _pieces(
+    split: Split, *, protocol: Protocol, limit: int | None
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Starts and lengths of the pieces that a protocol reads within its limit, some at a time."""
     if protocol == "windows":
         longest = WINDOW
     else:
@@ -239,25 +334,9 @@ def _measure(
         count = min(count, max(math.ceil(count * share), 1)) if share < 1 else count
         if protocol == "stateful" and split.boundaries is None:
             count = 1
-    nats, scored_V = 0.0, np.zeros(tokenizer.vocabulary_size, np.int64)
     for block in range(0, count, _PIECES):
         chosen = np.arange(block, min(block + _PIECES, count)) * pieces.count // count
-        for surprise, tokens_N in read(split.tokens, *pieces[chosen]):
-            nats += surprise
-            scored_V += np.bincount(tokens_N, minlength=len(scored_V))
-    characters_V, bytes_V = tokenizer.lengths()
-    size = float(scored_V @ bytes_V)
-    unknown = 0
-    if tokenizer.unknown is not None and (unknown := int(scored_V[tokenizer.unknown])):
-        nats += unknown * math.log(tokenizer.strangers)
-        size = float(scored_V @ _true_lengths(split, bytes_V, tokenizer.unknown))
-    return Loss(
-        nats=nats,
-        tokens=int(scored_V.sum()),
-        characters=int(scored_V @ characters_V),
-        bytes=round(size),
-        unknown=unknown,
-    )
+        yield pieces[chosen]
 
 
 def _true_lengths(

@@ -5,7 +5,7 @@ by step, a save by clock. Saving changes nothing that is computed, and everythin
 depends on is in what is saved, so a run that was killed at any moment and resumed ends bit for bit
 where the uninterrupted one ends (same processor, same torch). The published weights are the better
 of the trained and the averaged ones at the best evaluation so far; without held-out text, the
-averaged.
+averaged. At the very end their output layer is divided by the temperature that fits held-out text.
 """
 
 import math
@@ -27,7 +27,7 @@ from charloom.errors import DivergenceError, ResumeError
 from charloom.model import Model
 from training.batches import Batches
 from training.corpus import EncodedCorpus
-from training.evaluation import PROTOCOLS, Loss, evaluate
+from training.evaluation import PROTOCOLS, Loss, evaluate, fit_temperature
 from training.learner import Learner
 from training.network import Network
 from training.optimiser import learning_rate
@@ -44,6 +44,9 @@ SAVE_SECONDS = 20.0
 
 RARE_SHARE = 0.001
 """The unknown row is trained on the least frequent characters, up to this share of the text."""
+
+FITTED_FROM = 1000
+"""Held-out tokens that a temperature can be fitted to; fewer say too little."""
 
 _SMOOTHING = 0.05
 _FINAL_SHARE = 0.97
@@ -76,7 +79,8 @@ class Progress:
     """Where a run stands, beside its tensors; all of it is saved.
 
     `sum_nats` and `sum_tokens` count since the last evaluation; `smooth` is the running loss that
-    the watch for divergence looks at; `shortened` is (at step, new number of steps).
+    the watch for divergence looks at; `shortened` is (at step, new number of steps); `temperature`
+    is what the published output layer has been divided by, once it has.
     """
 
     step: int = 0
@@ -87,6 +91,7 @@ class Progress:
     smooth: float | None = None
     seconds: float = 0.0
     shortened: tuple[int, int] | None = None
+    temperature: float | None = None
     finished: bool = False
 
     @classmethod
@@ -164,7 +169,7 @@ class Trainer:
                 f"{self._writer.path.name} cannot be resumed: its trainer state is not that of its "
                 f"plan ({error}). Train again with --overwrite."
             ) from error
-        if self._progress.best is not None:
+        if self._progress.best is not None or self._progress.temperature is not None:
             self._best_weights = {name: part.copy() for name, part in checkpoint.tensors.items()}
         self._reports = dict(checkpoint.summary["validation"])
         self._writer.cut_history(self._progress.step)
@@ -190,6 +195,7 @@ class Trainer:
             self._console.stop()
         if outcome is not Outcome.INTERRUPTED:
             try:
+                self._settle_temperature()
                 self._report()
             except _Interrupted:
                 outcome = Outcome.INTERRUPTED
@@ -247,6 +253,11 @@ class Trainer:
     def _published(self) -> dict[str, NDArray[Any]]:
         """The weights that are the model: the best evaluated, and the average until there are."""
         return self._best_weights if self._best_weights else _arrays(self.learner.average.weights)
+
+    @property
+    def _published_network(self) -> Network:
+        network = Network.from_arrays(self._plan.architecture, self._published)
+        return network.to(self._plan.device)
 
     @property
     def _what_is_kept(self) -> str:
@@ -358,17 +369,40 @@ class Trainer:
             f"{self._plan.steps:,}."
         )
 
+    def _settle_temperature(self) -> None:
+        """Divide the published output layer by the temperature asked for, or fitted to the text.
+
+        A tied output layer is left alone: it is the embedding too.
+        """
+        plan, progress = self._plan, self._progress
+        temperature = plan.options.output_temperature
+        if progress.temperature is not None or plan.recipe.tied:
+            return
+        if temperature is None:
+            if len(self._corpus.validation.tokens) < FITTED_FROM:
+                return
+            self._console.note("Fitting the temperature to the held-out text.")
+            temperature = fit_temperature(
+                self._published_network,
+                self._corpus.validation,
+                limit=plan.report_tokens["windows"],
+                between=self._heed_interruption,
+            )
+        self._best_weights = {
+            name: part / np.float32(temperature) if name.startswith("output.") else part
+            for name, part in self._published.items()
+        }
+        self._progress = replace(progress, temperature=temperature)
+
     def _report(self) -> None:
         """Measure the published weights by both protocols in float32: the figures of the model."""
         if not self._has_held_out:
             return
         left = duration(self._plan.finish_seconds)
         self._console.note(f"Measuring the held-out text; done in about {left}.")
-        network = Network.from_arrays(self._plan.architecture, self._published)
-        network.to(self._plan.device)
         for protocol in PROTOCOLS:
             self._reports[protocol] = evaluate(
-                network,
+                self._published_network,
                 self._corpus.validation,
                 self._corpus.tokenizer,
                 protocol=protocol,
@@ -440,6 +474,7 @@ class Trainer:
             "precision": self._plan.precision,
             "threads": self._plan.threads,
             "platform": self._plan.platform,
+            "temperature": progress.temperature,
             "best": None if progress.best is None else asdict(progress.best),
             "validation": self._reports,
         }
