@@ -57,7 +57,7 @@ class TrainingOptions:
     output_temperature: float | None = field(
         default=None,
         metadata=option(
-            "Divide the output layer by this at the end [default: what fits the held-out text].",
+            "Divide the output layer by this [default: what fits the held-out text best].",
             least=0.1,
             most=10.0,
         ),

@@ -51,7 +51,6 @@ _CALIBRATION_SHARE = 0.02
 _FORWARD_SHARE = 0.4  # a forward pass costs a third of a step, a little more without large batches
 _STATEFUL_SLOWDOWN = 3.0  # one lane against many: 1.8 to 2.8 measured, fp32, 2x256 to 2x1024
 _FLOAT32_SLOWDOWN = 2.0  # against bfloat16; 1.3 to 1.8 measured
-_FIT_SLOWDOWN = 1.5  # fitting the temperature against measuring; 1.2 to 2 measured
 _FINISH_SECONDS = 4.0  # drawing the curves, model card, last save
 
 
@@ -334,6 +333,4 @@ def _last_figures(
         protocol: min(_held_out(corpus), max(int(share / cost), FEWEST_TOKENS))
         for protocol, cost in costs.items()
     }
-    seconds = sum(tokens[protocol] * costs[protocol] for protocol in costs)
-    seconds += _FIT_SLOWDOWN * tokens["windows"] * costs["windows"]  # of the temperature
-    return tokens, _FINISH_SECONDS + seconds
+    return tokens, _FINISH_SECONDS + sum(tokens[protocol] * costs[protocol] for protocol in costs)

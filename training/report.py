@@ -112,8 +112,10 @@ def model_card(
         f"({summary['epochs']:.1f} passes, {duration(summary['seconds'])}) in "
         f"{summary['precision']}, seed {options['seed']}",
     ]
-    if summary["temperature"] is not None:
-        facts.append(f"- output layer divided by {summary['temperature']:g}, its temperature")
+    if summary["best"] is not None:
+        facts.append(
+            f"- output layer divided by {summary['best']['temperature']:g}, its temperature"
+        )
     if not summary["finished"]:
         facts.append(f"- unfinished: `{_resume_command(model)}` goes on")
     rows = [

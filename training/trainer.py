@@ -5,12 +5,13 @@ by step, a save by clock. Saving changes nothing that is computed, and everythin
 depends on is in what is saved, so a run that was killed at any moment and resumed ends bit for bit
 where the uninterrupted one ends (same processor, same torch). The published weights are the better
 of the trained and the averaged ones at the best evaluation so far; without held-out text, the
-averaged. At the very end their output layer is divided by the temperature that fits held-out text.
+averaged. Weights are judged, and published, with their output layer divided by the temperature that
+fits the held-out text best: how sure a network is of itself is then no part of how good it is.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -27,7 +28,7 @@ from charloom.errors import DivergenceError, ResumeError
 from charloom.model import Model
 from training.batches import Batches
 from training.corpus import EncodedCorpus
-from training.evaluation import PROTOCOLS, Loss, evaluate, fit_temperature
+from training.evaluation import PROTOCOLS, TEMPERATURES, Loss, evaluate
 from training.learner import Learner
 from training.network import Network
 from training.optimiser import learning_rate
@@ -67,11 +68,12 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best evaluation so far: at which step, how good, and of which weights."""
+    """The best evaluation so far: at which step, how good, of which weights, how tempered."""
 
     step: int
     nats: float
     averaged: bool
+    temperature: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +81,7 @@ class Progress:
     """Where a run stands, beside its tensors; all of it is saved.
 
     `sum_nats` and `sum_tokens` count since the last evaluation; `smooth` is the running loss that
-    the watch for divergence looks at; `shortened` is (at step, new number of steps); `temperature`
-    is what the published output layer has been divided by, once it has.
+    the watch for divergence looks at; `shortened` is (at step, new number of steps).
     """
 
     step: int = 0
@@ -91,7 +92,6 @@ class Progress:
     smooth: float | None = None
     seconds: float = 0.0
     shortened: tuple[int, int] | None = None
-    temperature: float | None = None
     finished: bool = False
 
     @classmethod
@@ -169,7 +169,7 @@ class Trainer:
                 f"{self._writer.path.name} cannot be resumed: its trainer state is not that of its "
                 f"plan ({error}). Train again with --overwrite."
             ) from error
-        if self._progress.best is not None or self._progress.temperature is not None:
+        if self._progress.best is not None:
             self._best_weights = {name: part.copy() for name, part in checkpoint.tensors.items()}
         self._reports = dict(checkpoint.summary["validation"])
         self._writer.cut_history(self._progress.step)
@@ -195,7 +195,6 @@ class Trainer:
             self._console.stop()
         if outcome is not Outcome.INTERRUPTED:
             try:
-                self._settle_temperature()
                 self._report()
             except _Interrupted:
                 outcome = Outcome.INTERRUPTED
@@ -252,12 +251,24 @@ class Trainer:
     @property
     def _published(self) -> dict[str, NDArray[Any]]:
         """The weights that are the model: the best evaluated, and the average until there are."""
-        return self._best_weights if self._best_weights else _arrays(self.learner.average.weights)
+        if self._best_weights:
+            return self._best_weights
+        given = self._plan.options.output_temperature
+        return tempered(_arrays(self.learner.average.weights), 1.0 if given is None else given)
 
     @property
     def _published_network(self) -> Network:
         network = Network.from_arrays(self._plan.architecture, self._published)
         return network.to(self._plan.device)
+
+    @property
+    def _temperatures(self) -> Sequence[float]:
+        """Those that an evaluation tries; a tied output layer, the embedding too, has but 1."""
+        given = self._plan.options.output_temperature
+        if given is not None:
+            return (given,)
+        is_open = not self._plan.recipe.tied and self._plan.evaluation_tokens >= FITTED_FROM
+        return TEMPERATURES if is_open else (1.0,)
 
     @property
     def _what_is_kept(self) -> str:
@@ -312,9 +323,11 @@ class Trainer:
                 loss = self._loss(weights)
                 line[name] = loss.nats_per_character
                 if best is None or loss.nats_per_token < best.nats:
-                    best = Best(progress.step, loss.nats_per_token, name == "averaged")
+                    best = Best(
+                        progress.step, loss.nats_per_token, name == "averaged", loss.temperature
+                    )
                     stale = 0
-                    self._best_weights = _arrays(weights)
+                    self._best_weights = tempered(_arrays(weights), loss.temperature)
                     self._reports = {"windows": loss.to_json()}
         self._progress = replace(progress, best=best, stale=stale, sum_nats=0.0, sum_tokens=0)
         self._tell(line)
@@ -330,7 +343,7 @@ class Trainer:
             self._scalars.add(line)
 
     def _loss(self, weights: Mapping[str, Tensor]) -> Loss:
-        """Windows loss of these weights on the plan's share of the held-out text."""
+        """Windows loss of these weights on the plan's share of the held-out text, tempered."""
         network = Network(self._plan.architecture)
         network.to(self._plan.device).load_state_dict(dict(weights))
         loss = evaluate(
@@ -339,6 +352,7 @@ class Trainer:
             self._corpus.tokenizer,
             protocol="windows",
             limit=self._plan.evaluation_tokens,
+            temperatures=self._temperatures,
             precision=self._plan.precision,
         )
         if not math.isfinite(loss.nats):
@@ -368,31 +382,6 @@ class Trainer:
             f"The machine has become slower: the plan ends after {steps:,} steps instead of "
             f"{self._plan.steps:,}."
         )
-
-    def _settle_temperature(self) -> None:
-        """Divide the published output layer by the temperature asked for, or fitted to the text.
-
-        A tied output layer is left alone: it is the embedding too.
-        """
-        plan, progress = self._plan, self._progress
-        temperature = plan.options.output_temperature
-        if progress.temperature is not None or plan.recipe.tied:
-            return
-        if temperature is None:
-            if len(self._corpus.validation.tokens) < FITTED_FROM:
-                return
-            self._console.note("Fitting the temperature to the held-out text.")
-            temperature = fit_temperature(
-                self._published_network,
-                self._corpus.validation,
-                limit=plan.report_tokens["windows"],
-                between=self._heed_interruption,
-            )
-        self._best_weights = {
-            name: part / np.float32(temperature) if name.startswith("output.") else part
-            for name, part in self._published.items()
-        }
-        self._progress = replace(progress, temperature=temperature)
 
     def _report(self) -> None:
         """Measure the published weights by both protocols in float32: the figures of the model."""
@@ -474,7 +463,6 @@ class Trainer:
             "precision": self._plan.precision,
             "threads": self._plan.threads,
             "platform": self._plan.platform,
-            "temperature": progress.temperature,
             "best": None if progress.best is None else asdict(progress.best),
             "validation": self._reports,
         }
@@ -507,6 +495,14 @@ def rare_tokens(counts: NDArray[np.int64], end: int) -> NDArray[np.int64]:
     count = max(int(np.searchsorted(share, RARE_SHARE, side="right")), 1)
     rare: NDArray[np.int64] = order[:count]
     return rare
+
+
+def tempered(weights: Mapping[str, NDArray[Any]], temperature: float) -> dict[str, NDArray[Any]]:
+    """The same network with its logits divided by `temperature`."""
+    return {
+        name: part / np.float32(temperature) if name.startswith("output.") else part
+        for name, part in weights.items()
+    }
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
