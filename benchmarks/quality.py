@@ -2,61 +2,166 @@
 
 Every choice is made on the tail of the first 90 % of a text; then the network is trained anew on
 all of that 90 % with fixed steps, and measured once on the last 10 %. Training and measuring are
-`charloom train` and `charloom evaluate`, as a user runs them. Losses are in nats per character.
+`charloom train` and `charloom evaluate` in float32, as a user runs them. Losses are in nats per
+character.
 """
 
 import json
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformer
 
 SHARE = 0.9
 
+LONG = ("--recipe", "base", "--epochs", "40")
+"""What `long` trains, chosen on the tail of tinyshakespeare's first 90 % (docs/experiments.md)."""
+
+SEEDS = 5
+
+SEARCH: Mapping[str, Sequence[str]] = {
+    "tiny": ("--recipe", "tiny"),
+    "small": ("--recipe", "small"),
+    "base": ("--recipe", "base"),
+    "small, no dropout": ("--recipe", "small", "--dropout", "0", "--weight-drop", "0"),
+    "small, dropout 0.2": ("--recipe", "small", "--dropout", "0.2", "--weight-drop", "0.1"),
+    "small, dropout 0.5": ("--recipe", "small", "--dropout", "0.5", "--weight-drop", "0.3"),
+    "small, twice the rate": ("--recipe", "small", "--learning-rate", "8e-3"),
+}
+"""The small search that the default is held against."""
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A trained model: its losses on the text it was measured on, seconds and steps of training."""
+    """A trained model: how it was trained, and its losses on the text it was measured on."""
 
     windows: float
     stateful: float
-    command_seconds: float
-    training_seconds: float
-    steps: int
+    seconds: float
+    summary: Mapping[str, Any]
     parameters: int
-    temperature: float | None
+    chosen_by: float | None
 
 
-@dataclass(frozen=True, slots=True)
 class Bench:
-    """A text cut in two, and a folder for the models."""
+    """A text cut in two, and a folder for the models trained on the first part."""
 
-    folder: Path
-    first: Path
-    last: Path
+    def __init__(self, text: Path, folder: Path) -> None:
+        self.folder = folder / text.stem
+        self.folder.mkdir(parents=True, exist_ok=True)
+        characters = text.read_text("utf-8")
+        cut = int(SHARE * len(characters))
+        self.first, self.last = characters[:cut], characters[cut:]
+        for name, part in (("first", self.first), ("last", self.last)):
+            (self.folder / f"{name}.txt").write_text(part, "utf-8", newline="")
 
     def train(self, name: str, *options: str) -> Result:
         """Train on the first part and measure on the last."""
         began = time.perf_counter()
-        run("train", str(self.first), "--name", name, "--overwrite", *options, models=self.folder)
-        seconds = time.perf_counter() - began
-        figures = json.loads(
-            run("evaluate", name, str(self.last), "--json", "--precision", "float32", models=self.folder)
+        self._charloom(
+            *("train", str(self.folder / "first.txt"), "--name", name, "--overwrite", *options)
         )
-        config = json.loads((self.folder / name / "config.json").read_text("utf-8"))
-        shown = run("models", "show", name, "--json", models=self.folder)
+        seconds = time.perf_counter() - began
+        last = str(self.folder / "last.txt")
+        figures = json.loads(
+            self._charloom("evaluate", name, last, "--json", "--precision", "float32")
+        )
+        shown = json.loads(self._charloom("models", "show", name, "--json"))
+        best = shown["summary"]["best"]
         return Result(
             windows=figures["windows"]["nats_per_character"],
             stateful=figures["stateful"]["nats_per_character"],
-            command_seconds=seconds,
-            training_seconds=config["training"]["seconds"],
-            steps=config["training"]["step"],
-            parameters=json.loads(shown)["parameters"],
-            temperature=config["training"]["temperature"],
+            seconds=seconds,
+            summary=shown["summary"],
+            parameters=shown["parameters"],
+            chosen_by=None if best is None else best["nats"],
+        )
+
+    def step_seconds(self, name: str) -> float:
+        """What a step of this model took, evaluations included, the start of the command not."""
+        history = self.folder / name / "history.jsonl"
+        lines = [json.loads(line) for line in history.read_text("utf-8").splitlines()]
+        first, *_, last = [line for line in lines if "training" in line]
+        return float((last["seconds"] - first["seconds"]) / (last["step"] - first["step"]))
+
+    def _charloom(self, *words: str) -> str:
+        """Run the command with the models in this folder; what it writes to standard output."""
+        command = [sys.executable, "-m", "charloom", "--models", str(self.folder), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def long(bench: Bench) -> Iterator[str]:
+    """The best that an hour or two can do."""
+    yield from _table([("long", bench.train("long", "--validation", "0", *LONG))])
+
+
+def race(bench: Bench) -> Iterator[str]:
+    """As many seconds of training as the small transformer takes for its 2,000 updates."""
+    model, seconds = transformer.train(bench.first)
+    characters = sorted(set(bench.first))
+    theirs = transformer.loss(model, bench.last, characters)
+    fixed = ("--validation", "0", "--recipe", "small")
+    bench.train("probe", *fixed, "--steps", "640")
+    steps = int(seconds / bench.step_seconds("probe"))
+    ours = bench.train("race", *fixed, "--steps", str(steps))
+    spent = bench.step_seconds("race") * steps
+    yield f"Transformer, {sum(map(_size, model.parameters())):,} parameters: {theirs:.4f} in its "
+    yield f"windows of {transformer.CONTEXT} after {seconds:.0f} s of training."
+    yield ""
+    yield from _table([(f"small, {spent:.0f} s of training", ours)])
+
+
+def seeds(bench: Bench) -> Iterator[str]:
+    """The default of five minutes, five times."""
+    results = [bench.train(f"seed-{seed}", "--seed", str(seed)) for seed in range(1, SEEDS + 1)]
+    yield from _table([(f"seed {seed}", result) for seed, result in enumerate(results, start=1)])
+    losses = [result.windows for result in results]
+    yield ""
+    yield f"Spread by windows: {max(losses) - min(losses):.4f}."
+
+
+def search(bench: Bench) -> Iterator[str]:
+    """The default of five minutes against the best of a small search, both chosen by themselves."""
+    results = [
+        (name, bench.train(f"search-{place}", *options))
+        for place, (name, options) in enumerate([("default", ()), *SEARCH.items()])
+    ]
+    yield from _table(results)
+    default = results[0][1].windows
+    name, best = min(results, key=lambda pair: pair[1].chosen_by or 0.0)
+    yield ""
+    yield (
+        f"Best by its own held-out text: {name}, {best.windows:.4f} here; the default is "
+        f"{default / best.windows - 1:+.2%}."
+    )
+
+
+PARTS = {"long": long, "race": race, "seeds": seeds, "search": search}
+
+
+def _size(parameter: Any) -> int:
+    return int(parameter.numel())
+
+
+def _table(results: Sequence[tuple[str, Result]]) -> Iterator[str]:
+    yield (
+        "| what | recipe | parameters | steps | passes | dropout, weight drop | temperature "
+        "| command, s | chosen by | windows | stateful |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for name, result in results:
+        recipe, best = result.summary["recipe"], result.summary["best"]
+        chosen = "" if result.chosen_by is None else f"{result.chosen_by:.4f}"
+        temperature = "" if best is None else f"{best['temperature']:g}"
+        yield (
+            f"| {name} | {recipe['name']}, {recipe['layers']} x {recipe['hidden']} "
+            f"| {result.parameters:,} | {result.summary['step']:,} "
+            f"| {result.summary['epochs']:.1f} "
+            f"| {recipe['dropout']:g}, {recipe['weight_drop']:g} | {temperature} "
+            f"| {result.seconds:.0f} | {chosen} | {result.windows:.4f} | {result.stateful:.4f} |"
         )

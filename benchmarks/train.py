@@ -1,6 +1,10 @@
-"""Training speed: Charloom's step against the usual loop around `nn.LSTM`, in one run.
+"""Training: the speed of a step, and with a text how well the recipes learn it.
 
     python benchmarks/train.py [--rounds 9] [--embedding 128] [--output benchmarks/results/train.md]
+    python benchmarks/train.py --text FILE [--only long,race,seeds,search] [--output ...]
+
+With a text, what `quality` says (hours for all of it; five minutes for each model of `seeds` and
+`search`). Without one, Charloom's step against the usual loop around `nn.LSTM`, in one run.
 
 Both train a 2 x 512 LSTM (67 symbols) on the same kind of text, 32 lanes of 128 characters, with
 AdamW and norm clipping. The usual loop is fp32 `nn.LSTM(num_layers=2)` as every tutorial writes it.
@@ -18,14 +22,15 @@ import argparse
 import itertools
 import multiprocessing
 import statistics
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import quality
 import torch
 from machine import describe
 from torch import nn
@@ -259,27 +264,56 @@ def table(times: dict[str, list[float]], embedding: int) -> list[str]:
 
 def main() -> None:
     """Run and print the table."""
-    parser = argparse.ArgumentParser(description="Time training steps side by side.")
+    parser = argparse.ArgumentParser(
+        description="Training: the speed of a step, or what is learnt."
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--embedding", type=int, default=128)
+    parser.add_argument("--text", type=Path, help="train on this text and measure what is learnt")
+    parser.add_argument(
+        "--only", default=",".join(quality.PARTS), help="which parts, with a text (%(default)s)"
+    )
+    parser.add_argument("--models", type=Path, help="keep the models in this folder")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
+    lines = learning(arguments) if arguments.text else stepping(arguments)
+    with arguments.output.open("w", encoding="utf-8") if arguments.output else nullcontext() as out:
+        for line in lines:
+            print(line, flush=True)
+            if out is not None:
+                print(line, file=out, flush=True)
+
+
+def learning(arguments: argparse.Namespace) -> Iterator[str]:
+    """What the recipes learn from a text, line by line as it is known."""
+    parts = arguments.only.split(",")
+    if unknown := set(parts) - set(quality.PARTS):
+        raise SystemExit(f"--only knows {', '.join(quality.PARTS)}, not {', '.join(unknown)}.")
+    yield f"# Learning {arguments.text.name}, {time.strftime('%Y-%m-%d')}"
+    yield ""
+    yield describe(torch=torch.__version__, numpy=np.__version__, threads=torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        bench = quality.Bench(arguments.text, arguments.models or Path(folder))
+        for part in parts:
+            yield ""
+            yield f"## {part}"
+            yield ""
+            yield from quality.PARTS[part](bench)
+
+
+def stepping(arguments: argparse.Namespace) -> Iterator[str]:
+    """The speed of a step."""
     times = measure(arguments.rounds, arguments.embedding)
-    lines = [
-        f"# Training speed, {time.strftime('%Y-%m-%d')}",
-        "",
-        describe(torch=torch.__version__, numpy=np.__version__, threads=torch.get_num_threads()),
-        "",
+    yield f"# Training speed, {time.strftime('%Y-%m-%d')}"
+    yield ""
+    yield describe(torch=torch.__version__, numpy=np.__version__, threads=torch.get_num_threads())
+    yield ""
+    yield (
         f"LSTM {LAYERS} x {HIDDEN}, embedding {arguments.embedding}, {VOCABULARY} symbols, batch "
-        f"{LANES}, sequence {STEPS}; medians of {arguments.rounds} rounds taken in turns.",
-        "",
-        *table(times, arguments.embedding),
-        "",
-    ]
-    text = "\n".join(lines)
-    sys.stdout.write(text)
-    if arguments.output is not None:
-        arguments.output.write_text(text, encoding="utf-8")
+        f"{LANES}, sequence {STEPS}; medians of {arguments.rounds} rounds taken in turns."
+    )
+    yield ""
+    yield from table(times, arguments.embedding)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Steps are timed on throw-away copies of the network, at a learning rate of zero.
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -21,6 +22,7 @@ from training.recurrence import Arithmetic
 _ID_BYTES = 40  # of inputs and targets, and of finding them in the text
 _COPIES = 8  # weights, gradient, two moments, average, best, and two on their way to the disk
 _WARMUP_STEPS = 2  # the first steps build kernels
+_LEAST_ROUNDS = 3
 _CLEARLY_FASTER = 1.2  # what bfloat16 must gain; less may be chance, and the next run's other way
 
 
@@ -66,31 +68,53 @@ def calibrate(
 ) -> tuple[Arithmetic, float]:
     """The arithmetic to use and the seconds a step takes with it, from steps on throw-away copies.
 
-    `auto` times both; some processors refuse bfloat16, some emulate it. Raises `OptionError` where
-    bfloat16 was asked for and refused, and where a step does not fit the memory.
+    `auto` times both, in turns, so that a busy machine disturbs both alike; some processors refuse
+    bfloat16, some emulate it. Raises `OptionError` where bfloat16 was asked for and refused, and
+    where a step does not fit the memory.
     """
     candidates: list[Arithmetic] = ["float32", "bfloat16"] if precision == "auto" else [precision]
-    times: dict[Arithmetic, float] = {}
+    stepping: dict[Arithmetic, Iterator[float]] = {}
     refusal: RuntimeError | None = None
-    for candidate in candidates:
-        try:
+    with _memory_limit(recipe, architecture):
+        for candidate in candidates:
             learner = Learner(
                 recipe, architecture, steps=1, seed=0, precision=candidate, device=device
             )
-            times[candidate] = _step_seconds(learner, batches, seconds / len(candidates))
-        except MemoryError as error:  # NumPy's; torch has none of its own
-            raise too_large(recipe, architecture) from error
-        except RuntimeError as error:
-            if "memory" in str(error):
-                raise too_large(recipe, architecture) from error
-            if candidate == "float32":
-                raise
-            refusal = error
-    if not times:
-        message = "--precision is 'bfloat16', which this machine refuses; use auto or float32."
-        raise OptionError([message]) from refusal
-    best = choose_precision(times)
-    return best, times[best]
+            steps = _step_seconds(learner, batches)
+            try:
+                for _ in range(_WARMUP_STEPS):
+                    next(steps)
+            except RuntimeError as error:
+                if candidate == "float32" or "memory" in str(error):
+                    raise
+                refusal = error
+            else:
+                stepping[candidate] = steps
+        if not stepping:
+            message = "--precision is 'bfloat16', which this machine refuses; use auto or float32."
+            raise OptionError([message]) from refusal
+        times: dict[Arithmetic, list[float]] = {candidate: [] for candidate in stepping}
+        began, rounds = time.perf_counter(), 0
+        while rounds < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
+            for candidate, steps in stepping.items():
+                times[candidate].append(next(steps))
+            rounds += 1
+    medians = {candidate: statistics.median(spent) for candidate, spent in times.items()}
+    best = choose_precision(medians)
+    return best, medians[best]
+
+
+@contextmanager
+def _memory_limit(recipe: Recipe, architecture: Architecture) -> Iterator[None]:
+    """Turn the ways in which memory is refused into the sentence about them."""
+    try:
+        yield
+    except MemoryError as error:  # NumPy's; torch has none of its own
+        raise too_large(recipe, architecture) from error
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise too_large(recipe, architecture) from error
 
 
 def choose_precision(seconds: Mapping[Arithmetic, float]) -> Arithmetic:
@@ -105,15 +129,9 @@ def choose_precision(seconds: Mapping[Arithmetic, float]) -> Arithmetic:
     return "bfloat16"
 
 
-def _step_seconds(learner: Learner, batches: Batches, seconds: float) -> float:
-    """Median time of a step, over as many as fit into `seconds`, at least three."""
-    times: list[float] = []
-    began = time.perf_counter()
+def _step_seconds(learner: Learner, batches: Batches) -> Iterator[float]:
+    """The time of one step after another, for ever."""
     for step, batch in enumerate(batches.since(0)):
         start = time.perf_counter()
         learner.learn(batch, step=step, rate=0.0)
-        now = time.perf_counter()
-        times.append(now - start)
-        if len(times) > _WARMUP_STEPS + 2 and now - began > seconds:
-            break
-    return statistics.median(times[_WARMUP_STEPS:])
+        yield time.perf_counter() - start
