@@ -618,3 +618,15 @@ def test_a_prompt_that_is_no_text_is_a_sentence(charloom: Run, text: Path) -> No
 
     assert result.exit_code == 2
     assert "PROMPT is not UTF-8" in result.stderr
+
+
+def test_a_processor_without_bfloat16_trains_in_float32(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where oneDNN refuses bfloat16, as on older laptops, auto takes float32 and says so."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    process = start(tmp_path / "models", text, "--steps", 3, "--name", "m", *SMALL)
+    _, errors = process.communicate()
+
+    assert process.returncode == 0
+    assert "float32 on cpu" in errors

@@ -18,12 +18,13 @@ from charloom.errors import DivergenceError, OptionError
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, EncodedCorpus, prepare_corpus
 from training.evaluation import evaluate
+from training.learner import rare_tokens
 from training.network import Network
 from training.plan import Plan, make_plan
 from training.recipe import Recipe
 from training.resume import saved_run
 from training.runlog import Console
-from training.trainer import Outcome, Trainer, rare_tokens
+from training.trainer import Outcome, Trainer
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,9 @@ carries can be taken out and put back exactly.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +24,9 @@ from training.recurrence import Arithmetic
 
 RARE_RATE = 0.05
 """How often a rare character is shown as the unknown token, so that its row is trained."""
+
+RARE_SHARE = 0.001
+"""The unknown row is trained on the least frequent characters, up to this share of the text."""
 
 
 class Learner:
@@ -140,6 +145,16 @@ class Learner:
             _layer_state(state, index, len(layer), self._device)
             for index, layer in enumerate(self.hidden)
         ]
+
+
+def rare_tokens(counts: NDArray[np.int64], end: int) -> NDArray[np.int64]:
+    """The least frequent characters, as many as make up `RARE_SHARE` of the text, at least one."""
+    order = np.argsort(counts, kind="stable")
+    order = order[(counts[order] > 0) & (order != end)]
+    share = np.cumsum(counts[order]) / max(counts.sum(), 1)
+    count = max(int(np.searchsorted(share, RARE_SHARE, side="right")), 1)
+    rare: NDArray[np.int64] = order[:count]
+    return rare
 
 
 def _layer_state(

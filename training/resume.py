@@ -10,7 +10,7 @@ from charloom.checkpoint import Checkpoint, TrainerState
 from charloom.errors import OptionError, ResumeError
 from training.corpus import CorpusOptions, EncodedCorpus, open_corpus, prepare_corpus
 from training.plan import Plan, choose_device, current_platform
-from training.trainer import Progress
+from training.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,12 @@ class Console:
         return self._tokens * self._characters_per_token / spent
 
 
+def visible(line: str) -> str:
+    """A line as a terminal may show it: what could move its cursor becomes U+FFFD."""
+    shown = (c if c.isprintable() or c == "\t" else "\ufffd" for c in line)
+    return "".join(shown)
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)

@@ -12,10 +12,10 @@ fits the held-out text best: how sure a network is of itself is then no part of 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from charloom.model import Model
 from training.batches import Batches
 from training.corpus import EncodedCorpus
 from training.evaluation import PROTOCOLS, TEMPERATURES, Loss, evaluate
-from training.learner import Learner
+from training.learner import Learner, rare_tokens
 from training.network import Network
 from training.optimiser import learning_rate
 from training.plan import Plan
-from training.runlog import Console, duration
+from training.progress import Best, Progress
+from training.runlog import Console, duration, visible
 from training.scalars import Scalars
 
 SAMPLE_EVERY = 4
@@ -42,9 +43,6 @@ SAMPLE_TOKENS = 160
 
 SAVE_SECONDS = 20.0
 """Clock time between saves: the most that a kill can cost."""
-
-RARE_SHARE = 0.001
-"""The unknown row is trained on the least frequent characters, up to this share of the text."""
 
 FITTED_FROM = 1000
 """Held-out tokens that a temperature can be fitted to; fewer say too little."""
@@ -64,45 +62,6 @@ class Outcome(Enum):
     NO_PROGRESS = "no progress"
     OUT_OF_TIME = "out of time"
     INTERRUPTED = "interrupted"
-
-
-@dataclass(frozen=True, slots=True)
-class Best:
-    """The best evaluation so far: at which step, how good, of which weights, how tempered."""
-
-    step: int
-    nats: float
-    averaged: bool
-    temperature: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Where a run stands, beside its tensors; all of it is saved.
-
-    `sum_nats` and `sum_tokens` count since the last evaluation; `smooth` is the running loss that
-    the watch for divergence looks at; `shortened` is (at step, new number of steps).
-    """
-
-    step: int = 0
-    best: Best | None = None
-    stale: int = 0
-    sum_nats: float = 0.0
-    sum_tokens: int = 0
-    smooth: float | None = None
-    seconds: float = 0.0
-    shortened: tuple[int, int] | None = None
-    finished: bool = False
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Read what `dataclasses.asdict` gave."""
-        values = dict(fields)
-        if values["best"] is not None:
-            values["best"] = Best(**values["best"])
-        if values["shortened"] is not None:
-            values["shortened"] = tuple(values["shortened"])
-        return cls(**values)
 
 
 class Trainer:
@@ -476,25 +435,9 @@ class Trainer:
         return len(self._corpus.validation.tokens) > 1
 
 
-def visible(line: str) -> str:
-    """A line as a terminal may show it: what could move its cursor becomes U+FFFD."""
-    shown = (c if c.isprintable() or c == "\t" else "\ufffd" for c in line)
-    return "".join(shown)
-
-
 def lasting(source: str) -> str:
     """A source as it can be found again from another working directory."""
     return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def rare_tokens(counts: NDArray[np.int64], end: int) -> NDArray[np.int64]:
-    """The least frequent characters, as many as make up `RARE_SHARE` of the text, at least one."""
-    order = np.argsort(counts, kind="stable")
-    order = order[(counts[order] > 0) & (order != end)]
-    share = np.cumsum(counts[order]) / max(counts.sum(), 1)
-    count = max(int(np.searchsorted(share, RARE_SHARE, side="right")), 1)
-    rare: NDArray[np.int64] = order[:count]
-    return rare
 
 
 def tempered(weights: Mapping[str, NDArray[Any]], temperature: float) -> dict[str, NDArray[Any]]:
