@@ -145,6 +145,7 @@ def product() -> Callable[[], None]:
     return multiply
 
 
+ALL = ",".join(quality.PARTS)
 USUAL = "usual fp32 `nn.LSTM` loop"
 FULL = "charloom bf16, dropout, weight drop"
 PIPELINE = "data pipeline alone"
@@ -270,12 +271,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--embedding", type=int, default=128)
     parser.add_argument("--text", type=Path, help="train on this text and measure what is learnt")
-    parser.add_argument(
-        "--only", default=",".join(quality.PARTS), help="which parts, with a text (%(default)s)"
-    )
+    parser.add_argument("--only", default=ALL, help="which parts, with a text (%(default)s)")
     parser.add_argument("--models", type=Path, help="keep the models in this folder")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
+    if arguments.text is None and (arguments.models is not None or arguments.only != ALL):
+        parser.error("--only and --models need --text")
     lines = learning(arguments) if arguments.text else stepping(arguments)
     with arguments.output.open("w", encoding="utf-8") if arguments.output else nullcontext() as out:
         for line in lines:

@@ -77,10 +77,9 @@ def rate(update: int) -> float:
     return FLOOR + (PEAK - FLOOR) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def train(text: str, *, seed: int = 1) -> tuple[Transformer, float]:
+def train(text: str, characters: list[str], *, seed: int = 1) -> tuple[Transformer, float]:
     """The transformer fitted to a text, and the seconds of its updates."""
     torch.manual_seed(seed)
-    characters = sorted(set(text))
     tokens = encode(text, characters)
     model = Transformer(len(characters))
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]

@@ -5,16 +5,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from charloom.architecture import Architecture
 from charloom.errors import OptionError
+from training import plan as plans
 from training.batches import Batch, Batches
 from training.calibration import calibrate, choose_precision, memory_needed
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, EncodedCorpus, prepare_corpus
-from training.plan import EVALUATIONS, Plan, choose_device, make_plan
+from training.plan import (
+    EVALUATION_SHARE,
+    EVALUATIONS,
+    LEAST_STEPS,
+    Plan,
+    Trial,
+    _evaluations,
+    choose_device,
+    make_plan,
+)
 from training.recipe import RECIPES, Draft, Recipe, RecipeName, check_choices
 from training.recurrence import Arithmetic
 
@@ -161,9 +172,9 @@ def test_memory_that_is_refused_is_a_sentence(corpus: EncodedCorpus) -> None:
 
 
 def test_a_step_needs_memory_for_weights_and_for_each_position() -> None:
-    """By hand: eight copies of the weights; ids, logits and the units of both layers."""
+    """By hand: ten copies of the weights; ids, logits and the units of both layers."""
     architecture = Architecture(cell="lstm", vocabulary=30, embedding=8, hidden=8, layers=2)
-    weights = 8 * 4 * architecture.parameters
+    weights = 10 * 4 * architecture.parameters
 
     assert memory_needed(architecture, 0, precision="auto") == weights
     positions = memory_needed(architecture, 100, precision="auto") - weights
@@ -264,26 +275,99 @@ def test_tied_embeddings_take_the_hidden_size_unasked(tmp_path: Path) -> None:
     assert plan(encoded, tied=True, hidden=160, steps=1).architecture.embedding == 160
 
 
-def made_by_speed(corpus: EncodedCorpus, tokens_per_second: float, **changes: Any) -> Plan:
+def repeated(corpus: EncodedCorpus, tokens: int) -> EncodedCorpus:
+    """The corpus with a training text of so many tokens."""
+    longer = np.resize(corpus.train.tokens, tokens)
+    return dataclasses.replace(corpus, train=dataclasses.replace(corpus.train, tokens=longer))
+
+
+def made_by_speed(
+    corpus: EncodedCorpus,
+    tokens_per_second: float,
+    choices: dict[str, Any] | None = None,
+    tried: list[int] | None = None,
+    **changes: Any,
+) -> Plan:
     """The plan of a machine on which networks of every size read so many tokens a second."""
 
     def measure(
-        _recipe: Recipe, _architecture: Architecture, batches: Batches, **_: Any
+        recipe: Recipe, _architecture: Architecture, batches: Batches, **_: Any
     ) -> tuple[Arithmetic, float]:
+        if tried is not None:
+            tried.append(recipe.hidden)
         return "float32", batches.tokens_per_step / tokens_per_second
 
     options = TrainingOptions(threads=1, **changes)
-    return make_plan(options, {}, corpus, elapsed=lambda: 0.0, measure=measure)
+    return make_plan(options, choices or {}, corpus, elapsed=lambda: 0.0, measure=measure)
+
+
+LONG = 4_000_000
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_largest_network_that_is_worth_it_is_taken(
     corpus: EncodedCorpus, name: RecipeName
 ) -> None:
-    """What can be read within the minutes decides which recipe it is."""
+    """What can be read within the minutes decides which recipe it is, for a text long enough."""
     tokens = 1.5 * max(Draft.named(name).worth_from, 200_000)
 
-    assert made_by_speed(corpus, tokens / 600, minutes=10.0).recipe_name == name
+    made = made_by_speed(repeated(corpus, LONG), tokens / 600, minutes=10.0)
+
+    assert made.recipe_name == name
+
+
+def test_a_small_text_is_not_worth_a_large_network(corpus: EncodedCorpus) -> None:
+    """However fast the machine: what is read is what the text is worth reading."""
+    tried: list[int] = []
+
+    made = made_by_speed(repeated(corpus, 5000), 1e8, minutes=10.0, tried=tried)
+
+    assert made.recipe_name == "tiny"
+    assert tried == [128]
+
+
+def test_without_minutes_it_is_the_recipe_of_five(corpus: EncodedCorpus) -> None:
+    """A great number of steps asks for time, not for a network that would take days."""
+    for budget in ({"steps": 10**6}, {"epochs": 1000.0}, {"steps": 1}):
+        made = made_by_speed(repeated(corpus, LONG), 20_000, **budget)
+        assert made.recipe_name == made_by_speed(repeated(corpus, LONG), 20_000).recipe_name
+
+
+def test_a_plan_can_be_made_again(corpus: EncodedCorpus) -> None:
+    """Recipe, precision and steps of a plan by minutes give the same plan on any machine."""
+    first = made_by_speed(repeated(corpus, LONG), 20_000)
+    again = made_by_speed(repeated(corpus, LONG), 777, recipe=first.recipe_name, steps=first.steps)
+
+    assert (again.recipe, again.steps) == (first.recipe, first.steps)
+    assert again.evaluate_every == first.evaluate_every
+
+
+def test_what_does_not_fit_the_memory_leaves_the_smaller(
+    corpus: EncodedCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that this machine cannot hold is no reason to refuse the run."""
+    weights = Draft.named("base").settle({}, passes=1.0).architecture(30).parameters
+    monkeypatch.setattr(plans, "physical_memory", lambda: 40 * weights)  # those, and not a step
+
+    made = made_by_speed(repeated(corpus, LONG), 1e8)
+
+    assert made.recipe_name in ("tiny", "small")
+
+
+def test_a_chosen_size_is_timed_once(corpus: EncodedCorpus) -> None:
+    """Who says how large the network is gets the rest from the recipe nearest to it."""
+    tried: list[int] = []
+
+    made = made_by_speed(corpus, 1e8, {"hidden": 300}, tried)
+
+    assert (made.recipe_name, tried) == ("small", [300])
+
+
+def test_a_tied_embedding_sets_the_hidden_size(corpus: EncodedCorpus) -> None:
+    """--tied --embedding 40 is a network of 40 units."""
+    made = made_by_speed(corpus, 1e5, {"tied": True, "embedding": 40})
+
+    assert made.architecture.hidden == 40
 
 
 def test_a_recipe_asked_for_is_taken(corpus: EncodedCorpus) -> None:
@@ -291,14 +375,46 @@ def test_a_recipe_asked_for_is_taken(corpus: EncodedCorpus) -> None:
     assert made_by_speed(corpus, 1000.0, minutes=10.0, recipe="base").recipe_name == "base"
 
 
-def test_a_small_text_is_not_read_for_ever(corpus: EncodedCorpus) -> None:
+def test_a_text_is_not_read_for_ever(corpus: EncodedCorpus) -> None:
     """Minutes buy no more passes than the recipe says are of use; epochs are taken as given."""
     most = Draft.named("tiny").most_passes
+    text = repeated(corpus, 100_000)
 
-    assert made_by_speed(corpus, 1e5, minutes=1e4, recipe="tiny").epochs == pytest.approx(
-        most, 0.01
+    made = made_by_speed(text, 1e5, minutes=1e4, recipe="tiny")
+    assert made.epochs == pytest.approx(most, rel=0.01)
+    assert made_by_speed(text, 1e5, epochs=999.0, recipe="tiny").epochs >= 999.0
+
+
+def test_a_very_small_text_is_read_until_it_is_learnt(corpus: EncodedCorpus) -> None:
+    """A thousand updates are none too many, however often they read the text."""
+    assert made_by_speed(repeated(corpus, 300), 1e5, minutes=10.0).steps == LEAST_STEPS
+
+
+def test_evaluations_take_a_small_share_with_any_vocabulary(corpus: EncodedCorpus) -> None:
+    """Each temperature's softmax over many tokens is counted, so less is read."""
+    small, large = (
+        _evaluations(
+            Trial(
+                Draft.named("tiny"),
+                Architecture(cell="lstm", vocabulary=size, embedding=8, hidden=8, layers=1),
+                Batches(corpus.train, batch_size=4, sequence_length=16, seed=1),
+                "float32",
+                0.001,
+            ),
+            dataclasses.replace(
+                corpus,
+                validation=dataclasses.replace(
+                    corpus.validation, tokens=np.zeros(1_000_000, np.uint16)
+                ),
+            ),
+            160_000,
+        )
+        for size in (60, 6000)
     )
-    assert made_by_speed(corpus, 1e5, epochs=999.0, recipe="tiny").epochs >= 999.0
+
+    assert small[1] > 2 * large[1]
+    for _, _, seconds in (small, large):
+        assert seconds == pytest.approx(EVALUATION_SHARE * 160.0, rel=0.01)
 
 
 def test_more_passes_ask_for_more_dropout(corpus: EncodedCorpus) -> None:

@@ -78,12 +78,61 @@ def test_an_embedding_fits_the_hidden_size(choices: dict[str, int], size: int) -
 
 
 def test_short_documents_are_read_in_more_lanes() -> None:
-    """A step reads about as many tokens of names of 8 characters as of one long text."""
+    """A step reads as many tokens of names of 8 characters as of one long text."""
     draft = Draft.named("small")
     long, short = (draft.settle({}, passes=1.0, document_tokens=n) for n in (1e9, 8.0))
 
     assert short.sequence_length == long.sequence_length
     assert short.batch_size * 8 == long.batch_size * long.sequence_length
+
+
+@pytest.mark.parametrize(
+    ("tokens", "document_tokens", "lanes"), [(900, math.inf, 14), (480, 8, 60), (3, math.inf, 1)]
+)
+def test_a_small_text_is_read_in_fewer_lanes(
+    tokens: int, document_tokens: float, lanes: int
+) -> None:
+    """No more than it has sequences or documents, so that none stands twice in a batch."""
+    recipe = Draft.named("small").settle(
+        {}, passes=1.0, tokens=tokens, document_tokens=document_tokens
+    )
+
+    assert recipe.sequence_length == 64
+    assert recipe.batch_size == lanes
+
+
+def test_lanes_stay_within_their_limit() -> None:
+    """However long a sequence is chosen to be, short documents ask for no impossible batch."""
+    draft = Draft.named("small")
+
+    assert (
+        draft.settle({"sequence_length": 65536}, passes=1.0, document_tokens=2).batch_size == 65536
+    )
+
+
+@pytest.mark.parametrize(
+    ("choices", "name"),
+    [
+        ({"hidden": 16, "layers": 1}, "tiny"),
+        ({"hidden": 200}, "small"),
+        ({"hidden": 256, "layers": 3}, "small"),
+        ({"hidden": 600}, "base"),
+        ({"hidden": 4096}, "large"),
+    ],
+)
+def test_a_chosen_network_takes_the_recipe_nearest_in_size(
+    choices: dict[str, int], name: RecipeName
+) -> None:
+    """What else the recipe says then suits that network."""
+    assert Draft.nearest(choices).name == name
+
+
+def test_only_dropouts_depend_on_the_passes() -> None:
+    """What is rounded to twentieths must be a share."""
+    for name in RECIPES:
+        values = Draft.named(name).values
+        points = {key for key, value in values.items() if isinstance(value, tuple)}
+        assert points <= {"dropout", "weight_drop"}
 
 
 def test_an_impossible_combination_is_refused() -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from charloom import checkpoint as checkpoints
 from charloom.checkpoint import ModelWriter
 from charloom.cli import main
+from training.scalars import Scalars
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +97,22 @@ def test_what_was_trained_can_be_sampled_and_evaluated(charloom: Run, text: Path
     assert set(figures) == {"windows", "stateful"}
     assert figures["windows"]["characters"] == len(TEXT) - 1
     assert 0 < figures["stateful"]["bits_per_character"] < 7
+
+
+def test_every_choice_is_in_the_plan(charloom: Run, text: Path, models: Path) -> None:
+    """What the recipe and the options settled stands in the plan, each value with its name."""
+    options = ["--steps", 2, *SMALL, "--seed", 41, "--patience", 17, "--output-temperature", 1.23]
+    result = charloom("train", text, "--name", "bottles", *options)
+
+    plan = result.stderr.split("expected")[0]
+    told = checkpoints.load(models / "bottles").summary["recipe"]
+    for name in ("dropout", "weight_drop", "learning_rate", "weight_decay", "clip_norm"):
+        assert f"{name.replace('_', ' ')} {told[name]:g}" in plan
+    for part in (
+        *("seed 41", "patience 17", "output temperature 1.23", "embedding 16", "4 x 16 tokens"),
+        "--recipe tiny --precision",
+    ):
+        assert part in plan
 
 
 def test_the_history_goes_to_tensorboard_too(charloom: Run, text: Path, tmp_path: Path) -> None:
@@ -297,13 +315,41 @@ def test_resuming_with_another_architecture_is_refused(charloom: Run, stopped: P
 
 @pytest.mark.usefixtures("stopped")
 def test_resuming_with_the_same_options_is_fine(text: Path, models: Path) -> None:
-    """What agrees with the plan may be said again, the text included."""
-    process = start(models, text, "--resume", "--name", "m", "--hidden", 16)
+    """What agrees with the plan may be said again, text and recipe included."""
+    process = start(models, text, "--resume", "--name", "m", "--hidden", 16, "--recipe", "tiny")
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
     assert any(line.startswith("Resuming m after step") for line in lines)
     process.terminate()
     process.communicate()
+
+
+@pytest.mark.usefixtures("stopped")
+def test_resuming_with_another_recipe_is_refused(charloom: Run) -> None:
+    """The sentence tells which one the plan chose, though none was named."""
+    again = charloom("train", "--resume", "--name", "m", "--recipe", "large")
+
+    assert again.exit_code == 2
+    assert "--recipe large (the run has tiny)" in again.stderr
+
+
+def test_a_resumed_run_goes_on_in_tensorboard(
+    charloom: Run, text: Path, models: Path, tmp_path: Path
+) -> None:
+    """What the stopped run had shown beyond its last save is purged, and nothing before it."""
+    saved = checkpoints.load(stop_early(models, text, "--steps", 2000)).summary["step"]
+    with Scalars(tmp_path / "m", after=0, report=pytest.fail) as before:
+        for step in range(1, saved + 3):
+            before.add({"step": step, "training": 9.0})
+
+    options = ["--resume", "--name", "m", "--tensorboard", tmp_path]
+    assert charloom("train", *options).exit_code == 0
+
+    events = EventAccumulator(str(tmp_path / "m")).Reload().Scalars("loss/training")
+    old = [event.step for event in events if event.value == 9.0]
+    assert old == list(range(1, saved + 1))
+    assert len(events) > len(old)
+    assert all(event.step > saved for event in events if event.value != 9.0)
 
 
 def test_an_existing_name_is_kept(charloom: Run, text: Path, models: Path) -> None:

@@ -24,7 +24,7 @@ from training.plan import Plan, make_plan
 from training.recipe import Recipe
 from training.resume import saved_run
 from training.runlog import Console
-from training.trainer import Outcome, Trainer
+from training.trainer import FITTED_FROM, Outcome, Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -224,17 +224,35 @@ def test_the_published_weights_are_the_best_ever_evaluated(
     assert loss.nats_per_character == pytest.approx(lowest, rel=1e-5)
 
 
-def test_a_network_too_sure_of_itself_is_tempered(tmp_path: Path, corpus: EncodedCorpus) -> None:
-    """The temperature that fits the held-out text best beats any that is asked for."""
+def test_the_temperature_follows_the_held_out_text(tmp_path: Path, corpus: EncodedCorpus) -> None:
+    """A network that learns a few lines by heart becomes too sure of others, and is tempered."""
+    few = replace(corpus.train, tokens=corpus.train.tokens[:600])
+    overfit = replace(corpus, train=few)
     losses = {}
-    for temperature in (None, 1.0, 1.1, 2.0):
-        folder = tmp_path / str(temperature)
-        run(folder, plan_for(corpus, output_temperature=temperature), corpus)
-        summary = checkpoints.load(folder).summary
-        losses[temperature] = summary["best"]["nats"]
-        assert temperature in (None, summary["best"]["temperature"])
+    for temperature in (None, 1.0):
+        options = {"steps": 320, "dropout": 0.0, "weight_drop": 0.0, "learning_rate": 0.02}
+        plan = plan_for(overfit, output_temperature=temperature, **options)
+        run(tmp_path / str(temperature), plan, overfit)
+        losses[temperature] = [
+            line["averaged"] for line in read_history(tmp_path / str(temperature))
+        ]
+    summary = checkpoints.load(tmp_path / "None").summary
 
-    assert losses[None] == min(losses.values())
+    assert losses[None][-1] < losses[1.0][-1]
+    assert summary["temperature"] == summary["best"]["temperature"]
+
+
+@pytest.mark.parametrize(("held_out", "is_fitted"), [(FITTED_FROM, True), (FITTED_FROM - 1, False)])
+def test_a_few_held_out_tokens_fit_no_temperature(
+    tmp_path: Path, corpus: EncodedCorpus, held_out: int, is_fitted: bool
+) -> None:
+    """Below a thousand the logits stay as they were trained."""
+    text = replace(corpus.validation, tokens=corpus.validation.tokens[: held_out + 1])
+    short = replace(corpus, validation=text)
+
+    run(tmp_path / "model", plan_for(short), short)
+
+    assert (checkpoints.load(tmp_path / "model").summary["temperature"] != 1.0) == is_fitted
 
 
 def test_a_temperature_can_be_given_where_nothing_is_held_out(tmp_path: Path) -> None:
@@ -255,7 +273,7 @@ def test_a_tied_output_layer_has_no_temperature(tmp_path: Path, corpus: EncodedC
     """It is the embedding too: nothing is fitted, and asking for one is refused."""
     run(tmp_path / "tied", plan_for(corpus, tied=True), corpus)
 
-    assert checkpoints.load(tmp_path / "tied").summary["best"]["temperature"] == 1.0
+    assert checkpoints.load(tmp_path / "tied").summary["temperature"] == 1.0
     with pytest.raises(OptionError, match="--output-temperature 2 has no effect with --tied"):
         plan_for(corpus, tied=True, output_temperature=2.0)
 

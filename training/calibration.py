@@ -20,15 +20,19 @@ from training.recipe import Recipe
 from training.recurrence import Arithmetic
 
 _ID_BYTES = 40  # of inputs and targets, and of finding them in the text
-_COPIES = 8  # weights, gradient, two moments, average, best, and two on their way to the disk
+_COPIES = 10  # weights, gradient, two moments and average, twice while both arithmetics are tried
 _WARMUP_STEPS = 2  # the first steps build kernels
 _LEAST_ROUNDS = 3
 _CLEARLY_FASTER = 1.2  # what bfloat16 must gain; less may be chance, and the next run's other way
 
 
-def too_large(recipe: Recipe, architecture: Architecture) -> OptionError:
+class TooLargeError(OptionError):
+    """A step of this network does not fit the memory."""
+
+
+def too_large(recipe: Recipe, architecture: Architecture) -> TooLargeError:
     """The error about a network whose steps do not fit the memory."""
-    return OptionError(
+    return TooLargeError(
         [
             f"--hidden {recipe.hidden} with --layers {recipe.layers} makes "
             f"{architecture.parameters:,} parameters, which with --batch-size "
@@ -70,7 +74,7 @@ def calibrate(
 
     `auto` times both, in turns, so that a busy machine disturbs both alike; some processors refuse
     bfloat16, some emulate it. Raises `OptionError` where bfloat16 was asked for and refused, and
-    where a step does not fit the memory.
+    `TooLargeError` where a step does not fit the memory.
     """
     candidates: list[Arithmetic] = ["float32", "bfloat16"] if precision == "auto" else [precision]
     stepping: dict[Arithmetic, Iterator[float]] = {}

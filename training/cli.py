@@ -35,12 +35,12 @@ from training.corpus.options import Documents
 from training.evaluation import PROTOCOLS, Loss, adapt, appraise
 from training.memory import keep_freed_memory
 from training.network import Network
-from training.plan import choose_device, make_plan
+from training.plan import check_temperature, choose_device, make_plan
 from training.recipe import Recipe, check_choices
 from training.report import end_text, leave_companions, loss_table, plan_text
 from training.resume import SavedRun, saved_run
 from training.runlog import Console
-from training.scalars import Scalars, check_installed
+from training.scalars import Scalars, check_folder
 from training.trainer import Outcome, Trainer
 
 Made = TypeVar("Made")
@@ -102,12 +102,14 @@ def train(
             "or python-stdlib."
         )
     if tensorboard is not None:
-        _attempt(problems, check_installed)
+        _attempt(problems, check_folder, tensorboard)
     if isinstance(device := choices.get("device", "auto"), str):
         _attempt(problems, choose_device, device)
     training_options = _attempt(problems, TrainingOptions, **_only(_TRAINING, choices))
     recipe_choices = _only(_RECIPE, choices)
     _attempt(problems, check_choices, recipe_choices)
+    if training_options is not None:
+        _attempt(problems, check_temperature, training_options, recipe_choices)
     corpus_options = _attempt(problems, CorpusOptions, **_only(_CORPUS, choices))
     if problems or name is None or training_options is None or corpus_options is None:
         raise OptionError(problems)
@@ -139,7 +141,9 @@ def train(
         scalars: Scalars | None = None
         if tensorboard is not None:
             after = 0 if run is None else run.step
-            scalars = stack.enter_context(Scalars(tensorboard / name, after=after))
+            scalars = stack.enter_context(
+                Scalars(tensorboard / name, after=after, report=console.note)
+            )
         trainer = Trainer(
             plan,
             encoded,

@@ -27,14 +27,6 @@ class TrainingOptions:
     Raises `OptionError` with one sentence for every field out of range.
     """
 
-    recipe: RecipeName | None = field(
-        default=None,
-        metadata=option(
-            "Named choice of the network and the way it is fitted, which the options below it "
-            "change [default: by corpus, machine and budget].",
-            choices=RECIPES,
-        ),
-    )
     minutes: float | None = field(
         default=None,
         metadata=option(
@@ -80,6 +72,14 @@ class TrainingOptions:
     threads: int | None = field(
         default=None,
         metadata=option("Processor threads [default: one per core].", least=1, most=THREADS_LIMIT),
+    )
+    recipe: RecipeName | None = field(
+        default=None,
+        metadata=option(
+            "Named choice of network and fitting, each part of which the options from --cell on "
+            "change [default: by corpus, machine and budget].",
+            choices=RECIPES,
+        ),
     )
 
     def __post_init__(self) -> None:

@@ -17,7 +17,13 @@ import torch
 from charloom.architecture import Architecture
 from charloom.errors import OptionError
 from training.batches import Batches
-from training.calibration import calibrate, memory_needed, physical_memory, too_large
+from training.calibration import (
+    TooLargeError,
+    calibrate,
+    memory_needed,
+    physical_memory,
+    too_large,
+)
 from training.config import DEFAULT_MINUTES, DEVICE_REMEDY, TrainingOptions
 from training.corpus import EncodedCorpus
 from training.evaluation import Protocol
@@ -42,6 +48,9 @@ REPORT_SECONDS = 10.0
 FEWEST_TOKENS = 4096
 """Held-out tokens that any figure rests on, where there are as many."""
 
+LEAST_STEPS = 1000
+"""A text is read more often than its recipe says where that is less: learning takes steps too."""
+
 BUDGET_SHARE = 0.9
 """Share of the minutes that the plan fills; the rest is for a machine that slows down."""
 
@@ -51,6 +60,8 @@ _CALIBRATION_SHARE = 0.02
 _FORWARD_SHARE = 0.4  # a forward pass costs a third of a step, a little more without large batches
 _STATEFUL_SLOWDOWN = 3.0  # one lane against many: 1.8 to 2.8 measured, fp32, 2x256 to 2x1024
 _FLOAT32_SLOWDOWN = 2.0  # against bfloat16; 1.3 to 1.8 measured
+_TEMPERATURES = 2  # that an evaluation tries beside the first
+_SOFTMAX_SECONDS = 1e-9  # of another one, per held-out token and token of the vocabulary, 2 cores
 _FINISH_SECONDS = 4.0  # drawing the curves, model card, last save
 
 
@@ -136,12 +147,22 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def check_temperature(options: TrainingOptions, choices: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for a temperature of an output layer that is the embedding too."""
+    if choices.get("tied") and options.output_temperature not in (None, 1.0):
+        raise OptionError(
+            [
+                f"--output-temperature {options.output_temperature:g} has no effect with --tied, "
+                "whose output layer is the embedding; leave one of them out."
+            ]
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A recipe tried on this corpus and machine: the arithmetic to use and what a step takes."""
 
     draft: Draft
-    recipe: Recipe
     architecture: Architecture
     batches: Batches
     precision: Arithmetic
@@ -149,8 +170,18 @@ class Trial:
 
     @property
     def token_seconds(self) -> float:
-        """What it takes to judge a held-out token."""
+        """What it takes to read a held-out token."""
         return self.step_seconds * _FORWARD_SHARE / self.batches.tokens_per_step
+
+    @property
+    def most_steps(self) -> int:
+        """Updates after which this text has been read often enough, or learnt at all."""
+        return max(math.ceil(self.draft.most_passes * self.batches.steps_per_epoch), LEAST_STEPS)
+
+    def affordable_steps(self, minutes: float, *, used: float) -> int:
+        """The steps that minutes leave room for beside the seconds that are used."""
+        left = BUDGET_SHARE * 60 * minutes - used
+        return max(0, int(left / (self.step_seconds * (1 + EVALUATION_SHARE))))
 
 
 def make_plan(
@@ -169,49 +200,26 @@ def make_plan(
     Raises `OptionError` for choices out of range, where the budget leaves no time for a single
     step, and where the precision or device asked for is not there or its memory too small.
     """
+    check_temperature(options, choices)
+    if choices.get("tied") and "embedding" in choices:
+        choices = {"hidden": choices["embedding"], **choices}
     if options.minutes is None and options.epochs is None and options.steps is None:
         options = replace(options, minutes=DEFAULT_MINUTES)
     device = choose_device(options.device)
     threads = torch.get_num_threads() if options.threads is None else options.threads
     torch.set_num_threads(threads)
-
-    def attempt(name: RecipeName) -> Trial:
-        return _attempt(name, options, choices, corpus, device=device, measure=measure)
-
-    trial = _choose(options, corpus, attempt, elapsed)
+    trial = _choose(options, choices, corpus, device=device, elapsed=elapsed, measure=measure)
     report, finish = _last_figures(trial, options, corpus)
-    used = elapsed() + finish
-    steps = _affordable_steps(trial, options, used=used)
-    if options.minutes is not None:
-        if steps < 1:
-            raise OptionError(
-                [
-                    f"--minutes is {options.minutes:g}, too short for one step of this network: "
-                    f"starting and finishing take {used:.0f} seconds and a step "
-                    f"{trial.step_seconds:.2g}; give more minutes or a smaller network."
-                ]
-            )
-        steps = min(steps, math.ceil(trial.draft.most_passes * trial.batches.steps_per_epoch))
-    passes = steps / trial.batches.steps_per_epoch
-    recipe = _settle(trial.draft, choices, corpus, passes=passes)
-    if recipe.tied and options.output_temperature is not None:
-        raise OptionError(
-            [
-                f"--output-temperature {options.output_temperature:g} has no effect with --tied, "
-                "whose output layer is the embedding; leave one of them out."
-            ]
-        )
-    every = max(1, math.ceil(steps / EVALUATIONS))
-    affordable = EVALUATION_SHARE * every * trial.step_seconds / (2 * trial.token_seconds)
-    evaluation = min(_held_out(corpus), max(int(affordable), FEWEST_TOKENS))
-    evaluations = 2 * math.ceil(steps / every) * evaluation * trial.token_seconds
-    expected = elapsed() + steps * trial.step_seconds + evaluations + finish
+    steps = _steps(trial, options, used=elapsed() + finish)
+    every, evaluation, seconds = _evaluations(trial, corpus, steps)
+    expected = elapsed() + steps * trial.step_seconds + seconds + finish
     if options.minutes is not None:
         expected = min(expected, 60 * options.minutes)  # a plan that would miss them is shortened
+    passes = steps / trial.batches.steps_per_epoch
     return Plan(
         options=options,
         recipe_name=trial.draft.name,
-        recipe=recipe,
+        recipe=_settle(trial.draft, choices, corpus, passes=passes),
         architecture=trial.architecture,
         corpus=corpus.fingerprint,
         steps=steps,
@@ -231,32 +239,51 @@ def make_plan(
 
 def _choose(
     options: TrainingOptions,
+    choices: Mapping[str, Any],
     corpus: EncodedCorpus,
-    attempt: Callable[[RecipeName], Trial],
+    *,
+    device: torch.device,
     elapsed: Callable[[], float],
+    measure: Callable[..., tuple[Arithmetic, float]],
 ) -> Trial:
-    """The recipe asked for, else the largest whose network is worth it within the budget.
+    """The recipe asked for, else the largest whose network is worth it within the minutes.
 
-    Networks are tried from the smallest up, so that none is timed that is far too slow.
+    Who chose the network's size gets what else suits that size. Otherwise networks are tried from
+    the smallest up, until one cannot read what makes it worth its steps. Without minutes it is the
+    recipe of the default minutes, so that the same recipe never takes hours unasked.
     """
+
+    def attempt(draft: Draft) -> Trial:
+        return _try(draft, options, choices, corpus, device=device, measure=measure)
+
     if options.recipe is not None:
-        return attempt(options.recipe)
-    chosen = attempt(RECIPES[0])
-    for name in RECIPES[1:]:
+        return attempt(Draft.named(options.recipe))
+    if not {"hidden", "layers"}.isdisjoint(choices):
+        return attempt(Draft.nearest(choices))
+    minutes = DEFAULT_MINUTES if options.minutes is None else options.minutes
+
+    def readable(trial: Trial) -> float:
+        _, finish = _last_figures(trial, options, corpus)
+        affordable = trial.affordable_steps(minutes, used=elapsed() + finish)
+        return min(affordable, trial.most_steps) * trial.batches.tokens_per_step
+
+    first, *larger = map(Draft.named, RECIPES)
+    chosen = attempt(first)
+    for draft in larger:
+        if readable(chosen) < draft.worth_from:  # and this one reads even less
+            break
         try:
-            larger = attempt(name)
-        except OptionError:  # it does not fit the memory
+            trial = attempt(draft)
+        except TooLargeError:
             break
-        _, finish = _last_figures(larger, options, corpus)
-        steps = _affordable_steps(larger, options, used=elapsed() + finish)
-        if steps * larger.batches.tokens_per_step < larger.draft.worth_from:
+        if readable(trial) < draft.worth_from:
             break
-        chosen = larger
+        chosen = trial
     return chosen
 
 
-def _attempt(
-    name: RecipeName,
+def _try(
+    draft: Draft,
     options: TrainingOptions,
     choices: Mapping[str, Any],
     corpus: EncodedCorpus,
@@ -264,8 +291,7 @@ def _attempt(
     device: torch.device,
     measure: Callable[..., tuple[Arithmetic, float]],
 ) -> Trial:
-    """Try the recipe of this name."""
-    draft = Draft.named(name)
+    """Time a recipe; raises `TooLargeError` where it does not fit the memory."""
     recipe = _settle(draft, choices, corpus, passes=draft.most_passes)
     architecture = recipe.architecture(corpus.tokenizer.vocabulary_size)
     batches = Batches(
@@ -284,7 +310,7 @@ def _attempt(
     precision, step_seconds = measure(
         recipe, architecture, batches, precision=options.precision, device=device, seconds=seconds
     )
-    return Trial(draft, recipe, architecture, batches, precision, step_seconds)
+    return Trial(draft, architecture, batches, precision, step_seconds)
 
 
 def _settle(
@@ -294,18 +320,39 @@ def _settle(
     boundaries = corpus.train.boundaries
     tokens = len(corpus.train.tokens)
     mean = math.inf if boundaries is None else tokens / max(len(boundaries) - 1, 1)
-    return draft.settle(choices, passes=passes, document_tokens=mean)
+    return draft.settle(choices, passes=passes, tokens=tokens, document_tokens=mean)
 
 
-def _affordable_steps(trial: Trial, options: TrainingOptions, *, used: float) -> int:
-    """The steps that the budget is, or leaves room for beside the seconds that are used."""
+def _steps(trial: Trial, options: TrainingOptions, *, used: float) -> int:
+    """The steps that the budget is, or that the minutes leave room for and the text is worth."""
     if options.steps is not None:
         return options.steps
     if options.epochs is not None:
         return max(1, math.ceil(options.epochs * trial.batches.steps_per_epoch))
     assert options.minutes is not None
-    left = BUDGET_SHARE * 60 * options.minutes - used
-    return max(0, int(left / (trial.step_seconds * (1 + EVALUATION_SHARE))))
+    steps = trial.affordable_steps(options.minutes, used=used)
+    if steps < 1:
+        raise OptionError(
+            [
+                f"--minutes is {options.minutes:g}, too short for one step of this network: "
+                f"starting and finishing take {used:.0f} seconds and a step "
+                f"{trial.step_seconds:.2g}; give more minutes or a smaller network."
+            ]
+        )
+    return min(steps, trial.most_steps)
+
+
+def _evaluations(trial: Trial, corpus: EncodedCorpus, steps: int) -> tuple[int, int, float]:
+    """Steps from one evaluation to the next, tokens that it reads, and the seconds of them all.
+
+    It judges trained and averaged weights, at several temperatures each.
+    """
+    every = max(1, math.ceil(steps / EVALUATIONS))
+    extra = _TEMPERATURES * trial.architecture.vocabulary * _SOFTMAX_SECONDS
+    seconds = 2 * (trial.token_seconds + extra)
+    affordable = EVALUATION_SHARE * every * trial.step_seconds / seconds
+    tokens = min(_held_out(corpus), max(int(affordable), FEWEST_TOKENS))
+    return every, tokens, math.ceil(steps / every) * tokens * seconds
 
 
 def _held_out(corpus: EncodedCorpus) -> int:
@@ -325,8 +372,9 @@ def _last_figures(
         "stateful": windows * (_STATEFUL_SLOWDOWN if one_lane else 1.0),
     }
     if options.minutes is None:
-        steps = _affordable_steps(trial, options, used=0.0)
-        share = max(REPORT_SHARE * steps * trial.step_seconds, REPORT_SECONDS)
+        share = max(
+            REPORT_SHARE * _steps(trial, options, used=0.0) * trial.step_seconds, REPORT_SECONDS
+        )
     else:
         share = REPORT_SHARE * 60 * options.minutes
     tokens = {

@@ -20,7 +20,8 @@ class Progress:
     """Everything that the next step of the loop depends on and that is no tensor.
 
     `sum_nats` and `sum_tokens` count since the last evaluation; `smooth` is the running loss that
-    the watch for divergence looks at; `shortened` is (at step, new number of steps).
+    the watch for divergence looks at; `shortened` is (at step, new number of steps); `temperature`
+    is the one that the next evaluation tries, and its neighbours.
     """
 
     step: int = 0
@@ -31,6 +32,7 @@ class Progress:
     smooth: float | None = None
     seconds: float = 0.0
     shortened: tuple[int, int] | None = None
+    temperature: float = 1.0
     finished: bool = False
 
     @classmethod

@@ -1,8 +1,8 @@
 """A recipe: every choice about a network and the way it is fitted to a text.
 
 The named ones, from `tiny` to `large`, are files in `recipes/`, to be read. What depends on how
-often the text is going to be read, dropout above all, stands there as points [passes, value]: the
-more passes, the more a network has to be kept from learning the text by heart. `Draft.settle` turns
+often the text is going to be read, the dropouts, stands there as points [passes, value]: the more
+passes, the more a network has to be kept from learning the text by heart. `Draft.settle` turns
 a file, the corpus and the user's own choices into a `Recipe`, in which nothing is open any more.
 """
 
@@ -22,6 +22,7 @@ RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
 """From the smallest network to the largest."""
 
 _GRAIN = 20  # values between two points are rounded to twentieths: people read them
+_BATCH_LIMIT = 65536
 _EMBEDDING = 128  # of a token, where the hidden size is not smaller
 
 
@@ -61,7 +62,7 @@ class Recipe:
         metadata=option("Share of the recurrent weights dropped per step.", least=0.0, most=0.99),
     )
     batch_size: int = field(
-        metadata=option("Lanes of text read side by side.", least=1, most=65536)
+        metadata=option("Lanes of text read side by side.", least=1, most=_BATCH_LIMIT)
     )
     sequence_length: int = field(
         metadata=option("Tokens per lane between two weight updates.", least=1, most=65536),
@@ -116,7 +117,8 @@ class Draft:
     """A named recipe as its file has it, some values still open.
 
     `worth_from` is how many tokens have to be read within the budget before its network is better
-    than a smaller one's; `most_passes` how often the same text is worth reading.
+    than a smaller one's; `most_passes` how often the same text is worth reading. Only dropouts may
+    be points, as values between them are rounded to twentieths.
     """
 
     name: RecipeName
@@ -143,13 +145,30 @@ class Draft:
             values=values,
         )
 
+    @classmethod
+    def nearest(cls, choices: Mapping[str, Any]) -> Self:
+        """The recipe whose own network is nearest in size to the one that is chosen."""
+        drafts = [cls.named(name) for name in RECIPES]
+
+        def distance(draft: Self) -> float:
+            own, asked = (_size({**draft.values, **some}) for some in ({}, choices))
+            return abs(math.log(asked / own))
+
+        return min(drafts, key=distance)
+
     def settle(
-        self, choices: Mapping[str, Any], *, passes: float, document_tokens: float = math.inf
+        self,
+        choices: Mapping[str, Any],
+        *,
+        passes: float,
+        tokens: float = math.inf,
+        document_tokens: float = math.inf,
     ) -> Recipe:
         """The recipe for a text that is read so often, with what the user chose instead.
 
-        `document_tokens` is the mean length of the text's documents: where they are shorter than a
-        sequence, more lanes make up for it. Raises `OptionError` for choices out of range.
+        `tokens` is the text's length and `document_tokens` the mean length of its documents: where
+        they are shorter than a sequence, more lanes make up for it, though no more than there is
+        text for. Raises `OptionError` for choices out of range.
         """
         settled: dict[str, Any] = {
             key: at(value, passes) if isinstance(value, tuple) else value
@@ -160,10 +179,17 @@ class Draft:
             hidden = settled["hidden"]
             settled["embedding"] = hidden if settled["tied"] else min(hidden, _EMBEDDING)
         if "batch_size" not in choices:
-            length = settled["sequence_length"]
-            shorter = length / min(max(document_tokens, 1.0), length)
-            settled["batch_size"] = round(settled["batch_size"] * shorter)
+            length = min(max(document_tokens, 1.0), settled["sequence_length"])
+            lanes = settled["batch_size"] * settled["sequence_length"] / length
+            most = min(tokens / length, _BATCH_LIMIT)
+            settled["batch_size"] = max(1, round(min(lanes, most)))
         return Recipe(**settled)
+
+
+def _size(values: Mapping[str, Any]) -> int:
+    """What the number of recurrent weights grows with."""
+    size: int = values["layers"] * values["hidden"] ** 2
+    return size
 
 
 def at(points: Points, passes: float) -> float:

@@ -27,6 +27,7 @@ _PROTOCOLS = {
 def plan_text(plan: Plan, corpus: EncodedCorpus) -> str:
     """What is going to happen, one fact to a line."""
     recipe, told = plan.recipe, corpus.description
+    temperature = plan.options.output_temperature
     train, held_out = len(corpus.train.tokens), len(corpus.validation.tokens)
     how = "the end of the text" if corpus.documents == "none" else "documents by their hash"
     threads = f"{plan.threads} thread{'s' if plan.threads > 1 else ''}"
@@ -38,10 +39,12 @@ def plan_text(plan: Plan, corpus: EncodedCorpus) -> str:
         "network": describe(plan.architecture),
         "recipe": f"{plan.recipe_name}: dropout {recipe.dropout:g}, weight drop "
         f"{recipe.weight_drop:g}, learning rate {recipe.learning_rate:g}, weight decay "
-        f"{recipe.weight_decay:g}, gradients clipped at {recipe.clip_norm:g}",
+        f"{recipe.weight_decay:g}, clip norm {recipe.clip_norm:g}, output temperature "
+        + ("fitted" if temperature is None else f"{temperature:g}"),
         "plan": f"{plan.steps:,} steps of {recipe.batch_size} x {recipe.sequence_length} tokens, "
         f"{plan.epochs:.1f} passes over the text, {plan.precision} on {plan.device}, {threads}, "
-        f"seed {plan.options.seed}",
+        f"seed {plan.options.seed}, patience {plan.options.patience}",
+        "again": f"--recipe {plan.recipe_name} --precision {plan.precision} --steps {plan.steps}",
         "expected": duration(plan.expected_seconds),
     }
     return "\n".join(f"{label:<12}{text}" for label, text in rows.items())
@@ -112,10 +115,8 @@ def model_card(
         f"({summary['epochs']:.1f} passes, {duration(summary['seconds'])}) in "
         f"{summary['precision']}, seed {options['seed']}",
     ]
-    if summary["best"] is not None:
-        facts.append(
-            f"- output layer divided by {summary['best']['temperature']:g}, its temperature"
-        )
+    if summary["temperature"] != 1.0:
+        facts.append(f"- output layer divided by {summary['temperature']:.3g}, its temperature")
     if not summary["finished"]:
         facts.append(f"- unfinished: `{_resume_command(model)}` goes on")
     rows = [
@@ -126,7 +127,7 @@ def model_card(
     ]
     quality = (
         [
-            "Held-out text, never trained on, but it chose which weights to keep.",
+            "Held-out text, never trained on, but it chose which weights to keep and how sure.",
             "",
             "| protocol | nats per character | bits per character | bits per byte | characters |",
             "|---|---|---|---|---|",

@@ -57,7 +57,12 @@ def saved_run(
             f"{folder.name} has finished after {progress.step:,} steps, so there is nothing to "
             "resume; train under another name, or again with --overwrite."
         )
-    recorded = {**asdict(plan.options), **asdict(plan.recipe), **asdict(corpus_options)}
+    recorded = {
+        **asdict(plan.options),
+        **asdict(plan.recipe),
+        **asdict(corpus_options),
+        "recipe": plan.recipe_name,
+    }
     differing = [
         f"--{name.replace('_', '-')} {value} (the run has {recorded[name]})"
         for name, value in choices.items()

@@ -4,9 +4,10 @@ The same figures as in `history.jsonl`, one event file per process; what a resum
 is purged from the curves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,24 +26,26 @@ TAGS = {
 class Scalars:
     """Writes the lines of a history that follow step `after` into `folder`.
 
-    Raises `OptionError` where the folder cannot be written.
+    When a file can no longer be written, `report` is told so once, and the run goes on without.
     """
 
-    def __init__(self, folder: Path, *, after: int) -> None:
+    def __init__(self, folder: Path, *, after: int, report: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # half a second that few runs need
 
-        try:
-            self._writer = SummaryWriter(folder, purge_step=after + 1)
-        except OSError as error:
-            sentence = f"--tensorboard {folder} cannot be written: {error.strerror}; name another."
-            raise OptionError([sentence]) from error
+        self._report = report
+        self._writer: SummaryWriter | None = SummaryWriter(folder, purge_step=after + 1)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Write the figures of one line; an event has none."""
-        for name, tag in TAGS.items():
-            if name in line:
-                self._writer.add_scalar(tag, line[name], line["step"])
-        self._writer.flush()
+        if self._writer is None:
+            return
+        try:
+            for name, tag in TAGS.items():
+                if name in line:
+                    self._writer.add_scalar(tag, line[name], line["step"])
+            self._writer.flush()
+        except OSError as error:
+            self._give_up(error)
 
     def __enter__(self) -> Self:
         return self
@@ -53,12 +56,33 @@ class Scalars:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        self._writer.close()
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        self._report(
+            f"The file for --tensorboard cannot be written: {error.strerror}; the run goes on "
+            "without it."
+        )
 
 
-def check_installed() -> None:
-    """Raise `OptionError` where the package that writes the files is missing."""
+def check_folder(folder: Path) -> None:
+    """Raise `OptionError` where TensorBoard is not installed or the folder cannot be written."""
     if find_spec("tensorboard") is None:
         raise OptionError(
-            ["--tensorboard needs a package that is not here; pip install tensorboard."]
+            [
+                "--tensorboard needs the package tensorboard, which is not installed; install it "
+                "with: pip install 'charloom[tensorboard]'"
+            ]
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        sentence = f"--tensorboard {folder} cannot be written: {error.strerror}; name another."
+        raise OptionError([sentence]) from error

@@ -28,7 +28,7 @@ from charloom.errors import DivergenceError, ResumeError
 from charloom.model import Model
 from training.batches import Batches
 from training.corpus import EncodedCorpus
-from training.evaluation import PROTOCOLS, TEMPERATURES, Loss, evaluate
+from training.evaluation import PROTOCOLS, Loss, evaluate
 from training.learner import Learner, rare_tokens
 from training.network import Network
 from training.optimiser import learning_rate
@@ -46,6 +46,12 @@ SAVE_SECONDS = 20.0
 
 FITTED_FROM = 1000
 """Held-out tokens that a temperature can be fitted to; fewer say too little."""
+
+TEMPERATURE_STEP = 1.05
+"""How far the temperature may move from one evaluation to the next, up or down.
+
+Between two such steps the loss is within 0.0005 nats of its least.
+"""
 
 _SMOOTHING = 0.05
 _FINAL_SHARE = 0.97
@@ -212,8 +218,7 @@ class Trainer:
         """The weights that are the model: the best evaluated, and the average until there are."""
         if self._best_weights:
             return self._best_weights
-        given = self._plan.options.output_temperature
-        return tempered(_arrays(self.learner.average.weights), 1.0 if given is None else given)
+        return tempered(_arrays(self.learner.average.weights), self._temperature)
 
     @property
     def _published_network(self) -> Network:
@@ -221,13 +226,23 @@ class Trainer:
         return network.to(self._plan.device)
 
     @property
+    def _temperature(self) -> float:
+        """What the published output layer is divided by."""
+        if self._progress.best is not None:
+            return self._progress.best.temperature
+        given = self._plan.options.output_temperature
+        return 1.0 if given is None else given
+
+    @property
     def _temperatures(self) -> Sequence[float]:
         """Those that an evaluation tries; a tied output layer, the embedding too, has but 1."""
-        given = self._plan.options.output_temperature
+        plan, now = self._plan, self._progress.temperature
+        given = plan.options.output_temperature
         if given is not None:
             return (given,)
-        is_open = not self._plan.recipe.tied and self._plan.evaluation_tokens >= FITTED_FROM
-        return TEMPERATURES if is_open else (1.0,)
+        if plan.recipe.tied or plan.evaluation_tokens < FITTED_FROM:
+            return (1.0,)
+        return (now / TEMPERATURE_STEP, now, now * TEMPERATURE_STEP)
 
     @property
     def _what_is_kept(self) -> str:
@@ -274,13 +289,14 @@ class Trainer:
             "learning_rate": rate,
             "gradient_norm": norm,
         }
-        best, stale = progress.best, progress.stale
+        best, stale, temperature = progress.best, progress.stale, progress.temperature
         if self._has_held_out:
             stale += 1
             trained = {name: part.detach() for name, part in learner.network.named_parameters()}
             for name, weights in (("trained", trained), ("averaged", learner.average.weights)):
                 loss = self._loss(weights)
                 line[name] = loss.nats_per_character
+                temperature = loss.temperature  # the average's, which comes last
                 if best is None or loss.nats_per_token < best.nats:
                     best = Best(
                         progress.step, loss.nats_per_token, name == "averaged", loss.temperature
@@ -288,7 +304,14 @@ class Trainer:
                     stale = 0
                     self._best_weights = tempered(_arrays(weights), loss.temperature)
                     self._reports = {"windows": loss.to_json()}
-        self._progress = replace(progress, best=best, stale=stale, sum_nats=0.0, sum_tokens=0)
+        self._progress = replace(
+            progress,
+            best=best,
+            stale=stale,
+            temperature=temperature,
+            sum_nats=0.0,
+            sum_tokens=0,
+        )
         self._tell(line)
         self._console.evaluated(line, self._steps)
         if progress.step // self._plan.evaluate_every % SAMPLE_EVERY == 0:
@@ -422,6 +445,7 @@ class Trainer:
             "precision": self._plan.precision,
             "threads": self._plan.threads,
             "platform": self._plan.platform,
+            "temperature": self._temperature,
             "best": None if progress.best is None else asdict(progress.best),
             "validation": self._reports,
         }
