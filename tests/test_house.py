@@ -217,7 +217,9 @@ def test_what_is_shipped_is_listed_and_stays_private() -> None:
 
 def test_base_dependencies_are_enough_to_sample_and_no_more() -> None:
     """What only training or serving needs is in an extra of that name."""
-    assert set(PROJECT["optional-dependencies"]) == {"train", "serve", "redis", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        *("train", "tensorboard", "serve", "redis", "dev")
+    }
     base = {requirement.name for requirement in requirements([])}
     assert base.isdisjoint({"torch", "flask", "gunicorn", "matplotlib", "pytest"})
 

@@ -4,18 +4,15 @@ The product of training is a folder: its path is all that goes to standard outpu
 progress and every remark go to standard error.
 """
 
-import difflib
 import json
 import signal
 import sys
 import time
-import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import click
 import torch
@@ -25,30 +22,24 @@ from charloom.checkpoint import ModelWriter, WriteMode, check_name, find_model
 from charloom.cli import is_watched, standard_output
 from charloom.cli.arithmetic import precision_option, threads_option
 from charloom.cli.context import Context
-from charloom.cli.options import flag, given, options_of
+from charloom.cli.options import options_of
 from charloom.errors import ModelNameError, OptionError
 from charloom.model import load
 from charloom.params import Precision
+from training.choices import attempt, read_choices
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, encode_text, prepare_corpus
 from training.corpus.options import Documents
 from training.evaluation import PROTOCOLS, Loss, adapt, appraise
 from training.memory import keep_freed_memory
 from training.network import Network
-from training.plan import check_temperature, choose_device, make_plan
-from training.recipe import Recipe, check_choices
+from training.plan import make_plan
+from training.recipe import Recipe
 from training.report import end_text, leave_companions, loss_table, plan_text
 from training.resume import SavedRun, saved_run
 from training.runlog import Console
 from training.scalars import Scalars, check_folder
 from training.trainer import Outcome, Trainer
-
-Made = TypeVar("Made")
-
-_FIELDS = (*fields(TrainingOptions), *fields(Recipe), *fields(CorpusOptions))
-_TRAINING = tuple(item.name for item in fields(TrainingOptions))
-_RECIPE = tuple(item.name for item in fields(Recipe))
-_CORPUS = tuple(item.name for item in fields(CorpusOptions))
 
 
 @click.command()
@@ -93,7 +84,7 @@ def train(
     keep_freed_memory()
     console = Console(sys.stderr)
     problems = _name_problems(name)
-    choices = _choices(ctx, config_file, problems)
+    choices = read_choices(ctx, config_file, problems)
     if overwrite and resume:
         problems.append("--overwrite and --resume are both given; keep one of them.")
     if not corpus and not resume:
@@ -102,16 +93,8 @@ def train(
             "or python-stdlib."
         )
     if tensorboard is not None:
-        _attempt(problems, check_folder, tensorboard)
-    if isinstance(device := choices.get("device", "auto"), str):
-        _attempt(problems, choose_device, device)
-    training_options = _attempt(problems, TrainingOptions, **_only(_TRAINING, choices))
-    recipe_choices = _only(_RECIPE, choices)
-    _attempt(problems, check_choices, recipe_choices)
-    if training_options is not None:
-        _attempt(problems, check_temperature, training_options, recipe_choices)
-    corpus_options = _attempt(problems, CorpusOptions, **_only(_CORPUS, choices))
-    if problems or name is None or training_options is None or corpus_options is None:
+        attempt(problems, check_folder, tensorboard)
+    if problems or name is None or choices is None:
         raise OptionError(problems)
     context: Context = ctx.obj
     folder = context.models / name
@@ -128,15 +111,15 @@ def train(
         writer = stack.enter_context(ModelWriter(folder, mode=mode))
         run: SavedRun | None = None
         if resume:
-            made = asdict(training_options) | recipe_choices | asdict(corpus_options)
-            said = _only(choices, made)
-            run = saved_run(folder, said, corpus, report=console.note, progress_bar=console.reading)
+            run = saved_run(
+                folder, choices.said, corpus, report=console.note, progress_bar=console.reading
+            )
             plan, encoded = run.plan, run.corpus
         else:
             encoded = prepare_corpus(
-                corpus, corpus_options, report=console.note, progress=console.reading
+                corpus, choices.corpus, report=console.note, progress=console.reading
             )
-            plan = make_plan(training_options, recipe_choices, encoded, elapsed=elapsed)
+            plan = make_plan(choices.training, choices.recipe, encoded, elapsed=elapsed)
             console.note(plan_text(plan, encoded))
         scalars: Scalars | None = None
         if tensorboard is not None:
@@ -209,53 +192,6 @@ class StopRequest:
             restore()
 
 
-def _choices(ctx: click.Context, config_file: Path | None, problems: list[str]) -> dict[str, Any]:
-    """Options given in the file and on the command line, the latter winning."""
-    chosen: dict[str, Any] = {}
-    if config_file is not None:
-        chosen = _attempt(problems, _read_options, config_file) or {}
-    on_line = given(ctx, (*_TRAINING, *_RECIPE, *_CORPUS))
-    budgets = {"minutes", "epochs", "steps"}
-    if budgets & set(on_line):
-        chosen = {key: value for key, value in chosen.items() if key not in budgets}
-    return chosen | dict(on_line)
-
-
-def _read_options(file: Path) -> dict[str, Any]:
-    """The options that a TOML file sets; raises `OptionError` for what is not TOML or no option."""
-    try:
-        chosen = tomllib.loads(file.read_text("utf-8-sig"))
-    except OSError as error:
-        message = f"--config {file} cannot be read: {error.strerror}; name a TOML file."
-        raise OptionError([message]) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise OptionError([f"--config {file} is not TOML: {error}; correct it."]) from error
-    names = {flag(item)[2:].replace("-", "_"): item.name for item in _FIELDS}
-    problems = []
-    for key in sorted(set(chosen) - set(names)):
-        close = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
-        remedy = f"write {close[0]}" if close else "see charloom train --help for those there are"
-        problems.append(f"--config {file} sets {key!r}, which is no option of a file; {remedy}.")
-    if problems:
-        raise OptionError(problems)
-    return {names[key]: value for key, value in chosen.items()}
-
-
-def _attempt(
-    problems: list[str], make: Callable[..., Made], /, *values: Any, **options: Any
-) -> Made | None:
-    """What `make` makes of the options, or None and its problems added to the list."""
-    try:
-        return make(*values, **options)
-    except OptionError as error:
-        problems += error.problems
-        return None
-
-
-def _only(names: Iterable[str], choices: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: choices[name] for name in names if name in choices}
-
-
 def _name_problems(name: str | None) -> list[str]:
     if name is None:
         return ["No name is given; name the model with --name NAME."]
@@ -310,11 +246,11 @@ def evaluate(
     learning (--dynamic) computes in float32.
     """
     problems: list[str] = []
-    _attempt(problems, TrainingOptions, threads=threads)
+    attempt(problems, TrainingOptions, threads=threads)
     reading: dict[str, Any] = {"field": field, "encoding": encoding, "validation": 0.0}
     if documents is not None:
         reading["documents"] = documents
-    _attempt(problems, CorpusOptions, **reading)
+    attempt(problems, CorpusOptions, **reading)
     if dynamic is not None and not 0.0 <= dynamic <= 1.0:
         problems.append(f"--dynamic is {dynamic!r}; give a number of at least 0 and at most 1.")
     if problems:
