@@ -11,23 +11,22 @@ import torch
 
 from charloom.architecture import Architecture
 from charloom.errors import OptionError
-from training import plan as plans
+from training import trial as trials
 from training.batches import Batch, Batches
 from training.calibration import calibrate, choose_precision, memory_needed
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions, EncodedCorpus, prepare_corpus
+from training.device import choose_device
 from training.plan import (
     EVALUATION_SHARE,
     EVALUATIONS,
-    LEAST_STEPS,
     Plan,
-    Trial,
     _evaluations,
-    choose_device,
     make_plan,
 )
 from training.recipe import RECIPES, Draft, Recipe, RecipeName, check_choices
 from training.recurrence import Arithmetic
+from training.trial import LEAST_STEPS, Trial
 
 SMALL = {"hidden": 8, "batch_size": 4, "sequence_length": 16}
 
@@ -347,7 +346,7 @@ def test_what_does_not_fit_the_memory_leaves_the_smaller(
 ) -> None:
     """A network that this machine cannot hold is no reason to refuse the run."""
     weights = Draft.named("base").settle({}, passes=1.0).architecture(30).parameters
-    monkeypatch.setattr(plans, "physical_memory", lambda: 40 * weights)  # those, and not a step
+    monkeypatch.setattr(trials, "physical_memory", lambda: 40 * weights)  # those, and not a step
 
     made = made_by_speed(repeated(corpus, LONG), 1e8)
 

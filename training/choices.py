@@ -16,7 +16,8 @@ from charloom.cli.options import flag, given
 from charloom.errors import OptionError
 from training.config import TrainingOptions
 from training.corpus import CorpusOptions
-from training.plan import check_temperature, choose_device
+from training.device import choose_device
+from training.plan import check_temperature
 from training.recipe import Recipe, check_choices
 
 Made = TypeVar("Made")

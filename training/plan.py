@@ -7,7 +7,6 @@ is measured any more: a run is its plan, and a resumed run follows the plan that
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -16,19 +15,14 @@ import torch
 
 from charloom.architecture import Architecture
 from charloom.errors import OptionError
-from training.batches import Batches
-from training.calibration import (
-    TooLargeError,
-    calibrate,
-    memory_needed,
-    physical_memory,
-    too_large,
-)
-from training.config import DEFAULT_MINUTES, DEVICE_REMEDY, TrainingOptions
+from training.calibration import calibrate
+from training.config import DEFAULT_MINUTES, TrainingOptions
 from training.corpus import EncodedCorpus
+from training.device import choose_device
 from training.evaluation import Protocol
 from training.recipe import RECIPES, Draft, Recipe, RecipeName
 from training.recurrence import Arithmetic
+from training.trial import Measure, Trial, Workbench
 
 EVALUATIONS = 16
 """Evaluations in a plan: enough to stop early, few enough to cost little."""
@@ -48,16 +42,12 @@ REPORT_SECONDS = 10.0
 FEWEST_TOKENS = 4096
 """Held-out tokens that any figure rests on, where there are as many."""
 
-LEAST_STEPS = 1000
-"""A text is read more often than its recipe says where that is less: learning takes steps too."""
-
 BUDGET_SHARE = 0.9
 """Share of the minutes that the plan fills; the rest is for a machine that slows down."""
 
 _CALIBRATION_SECONDS = 3.0
 _GLANCE_SECONDS = 0.3  # where steps are given, only the expected time rests on it
 _CALIBRATION_SHARE = 0.02
-_FORWARD_SHARE = 0.4  # a forward pass costs a third of a step, a little more without large batches
 _STATEFUL_SLOWDOWN = 3.0  # one lane against many: 1.8 to 2.8 measured, fp32, 2x256 to 2x1024
 _FLOAT32_SLOWDOWN = 2.0  # against bfloat16; 1.3 to 1.8 measured
 _TEMPERATURES = 2  # that an evaluation tries beside the first
@@ -119,34 +109,6 @@ def current_platform() -> dict[str, str]:
     }
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of this name; `auto` takes CUDA where it is present, else the processor.
-
-    Raises `OptionError` for a device that torch does not know or this machine does not have.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptionError([f"--device is {name!r}; {DEVICE_REMEDY}."]) from error
-    match device.type:
-        case "cpu":
-            is_present = True
-        case "cuda":
-            # Read when CUDA starts; without it cuBLAS may sum in another order at the next run.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            index = 0 if device.index is None else device.index
-            is_present = index < torch.cuda.device_count()
-        case "mps":
-            is_present = torch.backends.mps.is_available()
-        case _:
-            is_present = False
-    if not is_present:
-        raise OptionError([f"--device is {name!r}, which this machine does not have; try auto."])
-    return device
-
-
 def check_temperature(options: TrainingOptions, choices: Mapping[str, Any]) -> None:
     """Raise `OptionError` for a temperature of an output layer that is the embedding too."""
     if choices.get("tied") and options.output_temperature not in (None, 1.0):
@@ -158,39 +120,13 @@ def check_temperature(options: TrainingOptions, choices: Mapping[str, Any]) -> N
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A recipe tried on this corpus and machine: the arithmetic to use and what a step takes."""
-
-    draft: Draft
-    architecture: Architecture
-    batches: Batches
-    precision: Arithmetic
-    step_seconds: float
-
-    @property
-    def token_seconds(self) -> float:
-        """What it takes to read a held-out token."""
-        return self.step_seconds * _FORWARD_SHARE / self.batches.tokens_per_step
-
-    @property
-    def most_steps(self) -> int:
-        """Updates after which this text has been read often enough, or learnt at all."""
-        return max(math.ceil(self.draft.most_passes * self.batches.steps_per_epoch), LEAST_STEPS)
-
-    def affordable_steps(self, minutes: float, *, used: float) -> int:
-        """The steps that minutes leave room for beside the seconds that are used."""
-        left = BUDGET_SHARE * 60 * minutes - used
-        return max(0, int(left / (self.step_seconds * (1 + EVALUATION_SHARE))))
-
-
 def make_plan(
     options: TrainingOptions,
     choices: Mapping[str, Any],
     corpus: EncodedCorpus,
     *,
     elapsed: Callable[[], float],
-    measure: Callable[..., tuple[Arithmetic, float]] = calibrate,
+    measure: Measure = calibrate,
 ) -> Plan:
     """Settle a plan for this corpus on this machine.
 
@@ -208,7 +144,20 @@ def make_plan(
     device = choose_device(options.device)
     threads = torch.get_num_threads() if options.threads is None else options.threads
     torch.set_num_threads(threads)
-    trial = _choose(options, choices, corpus, device=device, elapsed=elapsed, measure=measure)
+    if options.minutes is None:
+        seconds = _GLANCE_SECONDS
+    else:
+        seconds = min(_CALIBRATION_SECONDS, 60 * options.minutes * _CALIBRATION_SHARE)
+    bench = Workbench(
+        corpus=corpus,
+        choices=choices,
+        seed=options.seed,
+        precision=options.precision,
+        device=device,
+        seconds=seconds,
+        measure=measure,
+    )
+    trial = _choose(bench, options, elapsed=elapsed)
     report, finish = _last_figures(trial, options, corpus)
     steps = _steps(trial, options, used=elapsed() + finish)
     every, evaluation, seconds = _evaluations(trial, corpus, steps)
@@ -219,7 +168,7 @@ def make_plan(
     return Plan(
         options=options,
         recipe_name=trial.draft.name,
-        recipe=_settle(trial.draft, choices, corpus, passes=passes),
+        recipe=bench.settle(trial.draft, passes=passes),
         architecture=trial.architecture,
         corpus=corpus.fingerprint,
         steps=steps,
@@ -237,90 +186,30 @@ def make_plan(
     )
 
 
-def _choose(
-    options: TrainingOptions,
-    choices: Mapping[str, Any],
-    corpus: EncodedCorpus,
-    *,
-    device: torch.device,
-    elapsed: Callable[[], float],
-    measure: Callable[..., tuple[Arithmetic, float]],
-) -> Trial:
+def _choose(bench: Workbench, options: TrainingOptions, *, elapsed: Callable[[], float]) -> Trial:
     """The recipe asked for, else the largest whose network is worth it within the minutes.
 
-    Who chose the network's size gets what else suits that size. Otherwise networks are tried from
-    the smallest up, until one cannot read what makes it worth its steps. Without minutes it is the
-    recipe of the default minutes, so that the same recipe never takes hours unasked.
+    Who chose the network's size gets what else suits that size. Without minutes it is the recipe of
+    the default minutes, so that none takes hours unasked.
     """
-
-    def attempt(draft: Draft) -> Trial:
-        return _try(draft, options, choices, corpus, device=device, measure=measure)
-
     if options.recipe is not None:
-        return attempt(Draft.named(options.recipe))
-    if not {"hidden", "layers"}.isdisjoint(choices):
-        return attempt(Draft.nearest(choices))
+        return bench.attempt(Draft.named(options.recipe))
+    if not {"hidden", "layers"}.isdisjoint(bench.choices):
+        return bench.attempt(Draft.nearest(bench.choices))
     minutes = DEFAULT_MINUTES if options.minutes is None else options.minutes
 
     def readable(trial: Trial) -> float:
-        _, finish = _last_figures(trial, options, corpus)
-        affordable = trial.affordable_steps(minutes, used=elapsed() + finish)
-        return min(affordable, trial.most_steps) * trial.batches.tokens_per_step
+        _, finish = _last_figures(trial, options, bench.corpus)
+        steps = _affordable_steps(trial, minutes, used=elapsed() + finish)
+        return min(steps, trial.most_steps) * trial.batches.tokens_per_step
 
-    first, *larger = map(Draft.named, RECIPES)
-    chosen = attempt(first)
-    for draft in larger:
-        if readable(chosen) < draft.worth_from:  # and this one reads even less
-            break
-        try:
-            trial = attempt(draft)
-        except TooLargeError:
-            break
-        if readable(trial) < draft.worth_from:
-            break
-        chosen = trial
-    return chosen
+    return bench.largest(map(Draft.named, RECIPES), readable=readable)
 
 
-def _try(
-    draft: Draft,
-    options: TrainingOptions,
-    choices: Mapping[str, Any],
-    corpus: EncodedCorpus,
-    *,
-    device: torch.device,
-    measure: Callable[..., tuple[Arithmetic, float]],
-) -> Trial:
-    """Time a recipe; raises `TooLargeError` where it does not fit the memory."""
-    recipe = _settle(draft, choices, corpus, passes=draft.most_passes)
-    architecture = recipe.architecture(corpus.tokenizer.vocabulary_size)
-    batches = Batches(
-        corpus.train,
-        batch_size=recipe.batch_size,
-        sequence_length=recipe.sequence_length,
-        seed=options.seed,
-    )
-    needed = memory_needed(architecture, batches.largest, precision=options.precision)
-    if device.type == "cpu" and needed > physical_memory():
-        raise too_large(recipe, architecture)
-    if options.minutes is None:
-        seconds = _GLANCE_SECONDS
-    else:
-        seconds = min(_CALIBRATION_SECONDS, 60 * options.minutes * _CALIBRATION_SHARE)
-    precision, step_seconds = measure(
-        recipe, architecture, batches, precision=options.precision, device=device, seconds=seconds
-    )
-    return Trial(draft, architecture, batches, precision, step_seconds)
-
-
-def _settle(
-    draft: Draft, choices: Mapping[str, Any], corpus: EncodedCorpus, *, passes: float
-) -> Recipe:
-    """The recipe for so many passes over this corpus."""
-    boundaries = corpus.train.boundaries
-    tokens = len(corpus.train.tokens)
-    mean = math.inf if boundaries is None else tokens / max(len(boundaries) - 1, 1)
-    return draft.settle(choices, passes=passes, tokens=tokens, document_tokens=mean)
+def _affordable_steps(trial: Trial, minutes: float, *, used: float) -> int:
+    """The steps that minutes leave room for beside the seconds that are used."""
+    left = BUDGET_SHARE * 60 * minutes - used
+    return max(0, int(left / (trial.step_seconds * (1 + EVALUATION_SHARE))))
 
 
 def _steps(trial: Trial, options: TrainingOptions, *, used: float) -> int:
@@ -330,7 +219,7 @@ def _steps(trial: Trial, options: TrainingOptions, *, used: float) -> int:
     if options.epochs is not None:
         return max(1, math.ceil(options.epochs * trial.batches.steps_per_epoch))
     assert options.minutes is not None
-    steps = trial.affordable_steps(options.minutes, used=used)
+    steps = _affordable_steps(trial, options.minutes, used=used)
     if steps < 1:
         raise OptionError(
             [

@@ -9,7 +9,8 @@ from charloom import checkpoint as checkpoints
 from charloom.checkpoint import Checkpoint, TrainerState
 from charloom.errors import OptionError, ResumeError
 from training.corpus import CorpusOptions, EncodedCorpus, open_corpus, prepare_corpus
-from training.plan import Plan, choose_device, current_platform
+from training.device import choose_device
+from training.plan import Plan, current_platform
 from training.progress import Progress
 
 
