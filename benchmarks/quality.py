@@ -7,6 +7,7 @@ held out. Training and measuring are `charloom train` and `charloom evaluate` in
 runs them. Losses are in nats per character.
 """
 
+import gzip
 import json
 import math
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import transformer
+
+from training.corpus.builtin import BUILTIN, builtin_files
 
 SHARE = 0.9
 
@@ -51,14 +54,18 @@ class Result:
 
 
 class Bench:
-    """A text cut in two, and a folder for the models trained on the first part."""
+    """A text cut in two, and a folder for the models trained on the first part.
 
-    def __init__(self, text: Path, folder: Path) -> None:
-        self.folder = folder / text.stem
+    `source` is a built-in corpus or a file, which may be compressed by gzip; of a longer text the
+    first `most` characters are taken.
+    """
+
+    def __init__(self, source: str, folder: Path, *, most: int | None = None) -> None:
+        self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        characters = text.read_text("utf-8")
-        cut = int(SHARE * len(characters))
-        self.first, self.last = characters[:cut], characters[cut:]
+        text = _read(source)[:most]
+        cut = int(SHARE * len(text))
+        self.first, self.last = text[:cut], text[cut:]
         for name, part in (("first", self.first), ("last", self.last)):
             (self.folder / f"{name}.txt").write_text(part, "utf-8", newline="")
 
@@ -144,6 +151,18 @@ def search(bench: Bench) -> Iterator[str]:
 
 
 PARTS = {"long": long, "race": race, "seeds": seeds, "search": search}
+
+
+def _read(source: str) -> str:
+    if source in BUILTIN:
+        parts = []
+        for file in builtin_files(source):
+            with file.open() as opened:
+                parts.append(opened.read().decode())
+        return "".join(parts)
+    if source.endswith(".gz"):
+        return gzip.decompress(Path(source).read_bytes()).decode()
+    return Path(source).read_text("utf-8")
 
 
 def _size(parameter: Any) -> int:

@@ -1,7 +1,7 @@
 """Training: the speed of a step, and with a text how well the recipes learn it.
 
     python benchmarks/train.py [--rounds 9] [--embedding 128] [--output benchmarks/results/train.md]
-    python benchmarks/train.py --text FILE [--only long,race,seeds,search] [--output ...]
+    python benchmarks/train.py --text FILE [--only long,race,seeds,search] [--characters 20000]
 
 With a text, what `quality` says (hours for all of it; five minutes for each model of `seeds` and
 `search`). Without one, Charloom's step against the usual loop around `nn.LSTM`, in one run.
@@ -270,13 +270,15 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--embedding", type=int, default=128)
-    parser.add_argument("--text", type=Path, help="train on this text and measure what is learnt")
+    parser.add_argument("--text", help="a file or built-in corpus to train on and measure by")
+    parser.add_argument("--characters", type=int, help="of the text, so many from its start")
     parser.add_argument("--only", default=ALL, help="which parts, with a text (%(default)s)")
     parser.add_argument("--models", type=Path, help="keep the models in this folder")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
-    if arguments.text is None and (arguments.models is not None or arguments.only != ALL):
-        parser.error("--only and --models need --text")
+    given = (arguments.models, arguments.characters, None if arguments.only == ALL else 1)
+    if arguments.text is None and given != (None, None, None):
+        parser.error("--only, --characters and --models need --text")
     lines = learning(arguments) if arguments.text else stepping(arguments)
     with arguments.output.open("w", encoding="utf-8") if arguments.output else nullcontext() as out:
         for line in lines:
@@ -290,11 +292,14 @@ def learning(arguments: argparse.Namespace) -> Iterator[str]:
     parts = arguments.only.split(",")
     if unknown := set(parts) - set(quality.PARTS):
         raise SystemExit(f"--only knows {', '.join(quality.PARTS)}, not {', '.join(unknown)}.")
-    yield f"# Learning {arguments.text.name}, {time.strftime('%Y-%m-%d')}"
+    yield f"# Learning {Path(arguments.text).name}, {time.strftime('%Y-%m-%d')}"
     yield ""
     yield describe(torch=torch.__version__, numpy=np.__version__, threads=torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
-        bench = quality.Bench(arguments.text, arguments.models or Path(folder))
+        models = arguments.models or Path(folder)
+        bench = quality.Bench(arguments.text, models, most=arguments.characters)
+        yield ""
+        yield f"{len(bench.first) + len(bench.last):,} characters."
         for part in parts:
             yield ""
             yield f"## {part}"
