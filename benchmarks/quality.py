@@ -24,7 +24,10 @@ from training.corpus.builtin import BUILTIN, builtin_files
 
 SHARE = 0.9
 
-LONG = ("--recipe", "base", "--epochs", "40")
+LONG = (
+    *("--recipe", "base", "--epochs", "40", "--learning-rate", "2e-3", "--weight-decay", "0.1"),
+    *("--dropout", "0.4", "--weight-drop", "0.2", "--output-temperature", "1.17"),
+)
 """What `long` trains, chosen on the tail of tinyshakespeare's first 90 % (docs/experiments.md)."""
 
 SEEDS = 5
