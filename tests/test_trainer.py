@@ -357,7 +357,8 @@ def test_a_model_to_be_overwritten_stays_until_there_is_a_better_one(
 
 def test_without_progress_training_stops_early(tmp_path: Path, corpus: EncodedCorpus) -> None:
     """At a rate too small to change a weight the second evaluation is no better."""
-    plan = plan_for(corpus, steps=64, learning_rate=1e-30, patience=1)
+    options = {"learning_rate": 1e-30, "patience": 1, "output_temperature": 1.0}
+    plan = plan_for(corpus, steps=64, **options)
 
     outcome = run(tmp_path / "model", plan, corpus)
 
