@@ -1,7 +1,7 @@
 """How well models predict text they never saw: Charloom's recipes, each by the same protocol.
 
-Nothing is chosen by the last 10 % of a text, on which every model is measured once. `long` and
-`race` train on all of the first 90 % with fixed steps, chosen before on the tail of that part.
+Every model is measured once on the last 10 % of a text. `long` and `race` train on all of the first
+90 % with steps fixed before.
 `seeds` and `search` are `charloom train` as it comes: five minutes, with a tenth of the first 90 %
 held out. Training and measuring are `charloom train` and `charloom evaluate` in float32, as a user
 runs them. Losses are in nats per character.
@@ -28,7 +28,7 @@ LONG = (
     *("--recipe", "base", "--epochs", "40", "--learning-rate", "2e-3", "--weight-decay", "0.1"),
     *("--dropout", "0.4", "--weight-drop", "0.2", "--output-temperature", "1.17"),
 )
-"""What `long` trains, chosen on the tail of tinyshakespeare's first 90 % (docs/experiments.md)."""
+"""What `long` trains; benchmarks/results/learning.md says what chose each of it."""
 
 SEEDS = 5
 

@@ -145,16 +145,16 @@ def make_plan(
     threads = torch.get_num_threads() if options.threads is None else options.threads
     torch.set_num_threads(threads)
     if options.minutes is None:
-        seconds = _GLANCE_SECONDS
+        timing = _GLANCE_SECONDS
     else:
-        seconds = min(_CALIBRATION_SECONDS, 60 * options.minutes * _CALIBRATION_SHARE)
+        timing = min(_CALIBRATION_SECONDS, 60 * options.minutes * _CALIBRATION_SHARE)
     bench = Workbench(
         corpus=corpus,
         choices=choices,
         seed=options.seed,
         precision=options.precision,
         device=device,
-        seconds=seconds,
+        seconds=timing,
         measure=measure,
     )
     trial = _choose(bench, options, elapsed=elapsed)

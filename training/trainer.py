@@ -221,11 +221,6 @@ class Trainer:
         return tempered(_arrays(self.learner.average.weights), self._temperature)
 
     @property
-    def _published_network(self) -> Network:
-        network = Network.from_arrays(self._plan.architecture, self._published)
-        return network.to(self._plan.device)
-
-    @property
     def _temperature(self) -> float:
         """What the published output layer is divided by."""
         if self._progress.best is not None:
@@ -371,9 +366,11 @@ class Trainer:
             return
         left = duration(self._plan.finish_seconds)
         self._console.note(f"Measuring the held-out text; done in about {left}.")
+        network = Network.from_arrays(self._plan.architecture, self._published)
+        network.to(self._plan.device)
         for protocol in PROTOCOLS:
             self._reports[protocol] = evaluate(
-                self._published_network,
+                network,
                 self._corpus.validation,
                 self._corpus.tokenizer,
                 protocol=protocol,
